@@ -25,12 +25,12 @@ ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "rank", "
 EVERYWHERE = ("kill", "segv", "stop", "slow", "fd-exhaustion", "oom")
 BESIDES = {  # faults that only some victims can have
     "rank": ("step-raise", "step-hang", "step-hang-gil", "step-delay", "launch-hang", "crash-device",
-             "torn-write", "dead-reader", "bit-flip-answer", "bit-flip-liveness"),
+             "device-oom", "torn-write", "dead-reader", "bit-flip-answer", "bit-flip-liveness"),
     "agent": ("host-death",),
     "forkserver": ("parent-death",),
     "gateway": ("oversize",),
 }  # fmt: skip
-DEADLY = ("kill", "segv", "oom", "crash-device", "torn-write", "host-death", "parent-death")
+DEADLY = ("kill", "segv", "oom", "crash-device", "device-oom", "torn-write", "host-death", "parent-death")
 # held until the product gives the rank up
 GIVEN_UP = ("stop", "dead-reader", "step-hang", "step-hang-gil", "launch-hang")
 # Slots die often, on purpose; and with the only agent all ranks go, whose return takes long on a busy machine.

@@ -1,5 +1,6 @@
 """Faults inside a rank's step, by failpoints: it raises, hangs (with or without the interpreter's lock), or is late;
-its device fails for good, or does not end what was launched. The last two are the same on a CPU, but for the device.
+its device fails for good, lacks memory, or does not end what was launched. The last three are the same on a CPU, but
+for the device.
 
 The cluster must be served with --chaos. Proof is the event `failpoint`, which a process writes before it fails.
 """
@@ -64,3 +65,4 @@ _enter("step-hang-gil", "a native hang in a step, with the interpreter's lock", 
 _enter("step-delay", "a step that takes `ms` milliseconds longer", "delay:{ms}", heals=True, ms=200)
 _enter("launch-hang", "a native hang once a step's kernels run, as if one did not end", "hang", LAUNCHED, heals=False)
 _enter("crash-device", "its device fails for good in a step, as at an Xid", "lose-device", LAUNCHED, heals=False)
+_enter("device-oom", "its device lacks memory for a step twice in a row", "fill-device", LAUNCHED, heals=False, times=2)

@@ -9,6 +9,7 @@ WINDOWS = "tests/unit/workers/agent/test_gpu_windows.py"
 POOLS = "tests/unit/workers/rank/test_left_pools.py"
 ANSWERS = "tests/unit/workers/model/test_answers_wait.py"
 ROOM = "tests/unit/workers/model/test_expert_room.py"
+ENDINGS = "tests/unit/membership/base/test_endings.py"
 SPARES = "tests/unit/workers/agent/test_spares.py"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -59,6 +60,14 @@ MUTANTS: tuple[Mutant, ...] = (
         before=" if now[copy.source.at] == copy.source.content]",
         after=" if now]",
         tests=(f"{ROOM}::test_what_changed_while_it_was_copied_does_not_count",),
+    ),
+    Mutant(
+        name="out-of-device-memory-for-ever",
+        guards="G6: a slot whose ranks run out of device memory one after the other is set aside",
+        file="workers/agent/exits.py",
+        before="if len(full) >= FULL_DEATHS and not record.quarantined:",
+        after="if False:",
+        tests=(f"{ENDINGS}::test_a_slot_that_runs_out_of_device_memory_again_and_again_is_set_aside",),
     ),
     Mutant(
         name="spare-on-another-gpu",

@@ -207,12 +207,12 @@ class SimAgent(Agent):
 
     host: Host
 
-    def _bury(self, key: RankId, reason: str, *, refused: bool = False) -> None:
+    def _bury(self, key: RankId, reason: str, **how: bool) -> None:
         rank = self.host.cluster.ranks.get(key)
         if rank is not None and "heartbeat" in reason:
             ill = rank.stopped or rank.ill_until > self.host.clock.now - 0.5
             require(ill, f"rank {key[0]} beats, and its agent evicted it: {reason}")
-        super()._bury(key, reason, refused=refused)
+        super()._bury(key, reason, **how)
 
 
 class Host(Process):

@@ -30,6 +30,7 @@ from workers.protocol.load_progress import LoadSeen
 from workers.protocol.messages import CopyBlocks, StepBatch
 from workers.protocol.step_fence import FENCED_STATUS
 from workers.queue.silence import OtherHosts
+from workers.rank.device_health import DeviceHealth
 from workers.rank.engine_port import JOIN_TIMEOUT_S, EnginePort
 from workers.rank.load_turns import LoadTurns
 from workers.rank.worker import EPWorker, Preparation, experts_of
@@ -78,7 +79,7 @@ class SimWorker(EPWorker):
         self.runner = Runner(rank)
         self._runner = cast(Any, self.runner)
         self._device = self._backend = self._latest = self._mask = None
-        self._load_turns = _NoTurns()
+        self._load_turns, self._health = _NoTurns(), DeviceHealth()
         self._view, self._preparing, self._engine_token, self._left = View(epoch=0), {}, 0, set()
 
     def attach_mask(self, handle: bytes) -> None:

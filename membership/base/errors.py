@@ -79,6 +79,14 @@ class DeviceLost(ElasticError):
     """What a rank computes on takes no more work from its process, whatever is asked of it: the process has to end."""
 
 
+class DeviceFull(DeviceLost):
+    """Likewise, since it has too little memory for that work: a new process would need as much."""
+
+
+class OutOfDeviceMemory(ElasticError):
+    """What a rank computes on has too little memory for this."""
+
+
 class OperationConflict(ElasticError):
     """Another operation is active; the message names it."""
 

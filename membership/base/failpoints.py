@@ -3,10 +3,10 @@
     ELASTIC_FAILPOINTS="controller.after.committed=1*kill;rank.before.prepare@2=hang"
     ELASTIC_FAILPOINTS=@/path/to/file   # the same in a file, which `write` may change while all processes run
 
-`NAME[@RANK]=[N*]ACTION`; the actions are `kill` (SIGKILL itself), `segv`, `raise`, `lose-device` (raise what a
-device does that has failed for good), `hang` (asleep in native code), `hang-gil` (with the interpreter's lock),
-`delay:MS` and `wait:FILE` (until FILE exists). What lasts ends when the fault
-is taken out of the file. `N*`: only the first N times since it was armed, counted over all processes and restarts. For
+`NAME[@RANK]=[N*]ACTION`; the actions are `kill` (SIGKILL itself), `segv`, `raise`, `lose-device` and `fill-device`
+(raise what a device does that has failed for good, or lacks memory), `hang` (asleep in native code), `hang-gil` (with
+the interpreter's lock), `delay:MS` and `wait:FILE` (until FILE exists). What lasts ends when the fault is taken out of
+the file. `N*`: only the first N times since it was armed, counted over all processes and restarts. For
 tests only. A name begins with the role that passes it (`failpoint_catalogue.py`), so all roles and ranks may share one
 setting. Each fault is recorded as an event `failpoint` in the history before it is injected: `N*` counts these events,
 and a test reads there that its fault happened. Without the variable, a failpoint costs one comparison with None; with a
@@ -29,13 +29,13 @@ import msgspec
 import structlog
 
 from membership.base import failpoint_actions
-from membership.base.errors import ConfigError, DeviceLost, ElasticError, WaitTimeout
+from membership.base.errors import ConfigError, DeviceLost, ElasticError, OutOfDeviceMemory, WaitTimeout
 from membership.base.events import Event, EventLog, Tail
 from membership.base.failpoint_catalogue import POINTS
 
 ENV = "ELASTIC_FAILPOINTS"
 HISTORY_ENV = "ELASTIC_FAILPOINTS_HISTORY"  # set by a role for the processes that it starts
-ACTIONS = ("kill", "segv", "raise", "lose-device", "hang", "hang-gil", "delay:MS", "wait:FILE")
+ACTIONS = ("kill", "segv", "raise", "lose-device", "fill-device", "hang", "hang-gil", "delay:MS", "wait:FILE")
 WAIT_LIMIT_S = 120.0
 KIND = "failpoint"
 
@@ -50,7 +50,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
     """What happens at one failpoint."""
 
     name: str
-    action: str  # kill | segv | raise | lose-device | hang | hang-gil | delay | wait
+    action: str  # kill | segv | raise | lose-device | fill-device | hang | hang-gil | delay | wait
     rank: int | None = None  # None: any
     limit: int | None = None  # None: every time
     file: str = ""  # that `wait` waits for
@@ -63,7 +63,7 @@ def parse(text: str) -> tuple[Fault, ...]:
 
 
 def _fault(text: str) -> Fault:
-    actions = r"(kill|segv|raise|lose-device|hang-gil|hang|delay:(\d+)|wait:(.+))"
+    actions = r"(kill|segv|raise|lose-device|fill-device|hang-gil|hang|delay:(\d+)|wait:(.+))"
     found = re.fullmatch(r"([^=@]+)(?:@(\d+))?=(?:(\d+)\*)?" + actions, text)
     if found is None:
         raise ConfigError(
@@ -174,6 +174,8 @@ class Failpoints:
             raise FaultInjected(f"failpoint {fault.name}")
         if fault.action == "lose-device":
             raise DeviceLost(f"failpoint {fault.name}")
+        if fault.action == "fill-device":
+            raise OutOfDeviceMemory(f"failpoint {fault.name}")
         if fault.action == "kill":
             failpoint_actions.kill()
         elif fault.action == "segv":

@@ -448,8 +448,9 @@ class Agent:
         if death.key in self._ranks:
             self._emit("rank_died", death.key, pid=death.pid, detected_by=death.detected_by)
             worker = self._executor.workers.get(death.key)
-            why = self._devices.died(death.key, worker.liveness if worker is not None else None)
-            self._bury(death.key, f"{why}detected by {death.detected_by}")
+            said = self._devices.died(death.key, worker.liveness if worker is not None else None)
+            why = f"{said.last_words}; " if said.last_words else ""
+            self._bury(death.key, f"{why}detected by {death.detected_by}", device_full=said.full)
         self._spares.died(death.key, f"detected by {death.detected_by}")
         self._executor.forget(death.key)
 
@@ -471,12 +472,12 @@ class Agent:
             self._registrar.withdraw(key)
             self._emit("rank_retired", key)
 
-    def _bury(self, key: RankId, reason: str, *, refused: bool = False) -> None:
+    def _bury(self, key: RankId, reason: str, **how: bool) -> None:
         """The rank is dead: its record goes at once, together with the restart policy's verdict."""
         del self._ranks[key]
         self._heartbeats.pop(key, None)
         self._buried.add(key)
-        verdict = self._exits.died(key, reason, self._mirror.state().exits, self._wall(), refused=refused)
+        verdict = self._exits.died(key, reason, self._mirror.state().exits, self._wall(), **how)
         self._registrar.withdraw(key, verdict)
         if verdict.quarantined:
             self._emit("rank_quarantined", key, reason=verdict.reason)

@@ -42,11 +42,10 @@ class Devices:
             self._seen[key] = gpu
         return {key.incarnation: gpu for key, gpu in self._seen.items()}
 
-    def died(self, key: RankId, page: Noted | None) -> str:
-        """Why, in the rank's own last words, if it had any; with a separator."""
+    def died(self, key: RankId, page: Noted | None) -> DeviceNote:
+        """The rank's own last words, if it had any."""
         gpu, note = self._seen.pop(key, None), page.note if page is not None else NOTHING
-        if not note.last_words:
-            return ""
-        where = {} if gpu is None else {"gpu": gpu.index, "uuid": gpu.uuid}
-        self._emit("device_failed", key, reason=note.last_words, **where)
-        return f"{note.last_words}; "
+        if note.last_words:
+            where = {} if gpu is None else {"gpu": gpu.index, "uuid": gpu.uuid}
+            self._emit("device_failed", key, reason=note.last_words, **where)
+        return note

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from membership.base.endings import OomKills
 from membership.base.rank_id import RankId
 from membership.store.records import RankExit
-from workers.agent.restart_policy import RestartPolicy, counted, ending, exit_record, recent_deaths
+from workers.agent.restart_policy import FULL_DEATHS, RestartPolicy, counted, ending, exit_record, recent_deaths
 
 
 class Exits:
@@ -24,6 +24,7 @@ class Exits:
     ) -> None:
         self._policy = policy
         self._deaths: dict[int, tuple[float, ...]] = {}
+        self._full: dict[int, tuple[float, ...]] = {}  # the last of them in a row, if for want of device memory
         self._records: dict[int, RankExit] = {}
         self._endings: dict[RankId, str] = {}
         self._chance = chance or random.Random()  # spreads restarts; nothing else rests on it
@@ -35,9 +36,17 @@ class Exits:
         self._killed.add(key)
 
     def died(
-        self, key: RankId, reason: str, stored: Mapping[int, RankExit], now: float, *, refused: bool = False
+        self,
+        key: RankId,
+        reason: str,
+        stored: Mapping[int, RankExit],
+        now: float,
+        *,
+        refused: bool = False,
+        device_full: bool = False,
     ) -> RankExit:
-        """The exit record of a rank that is dead; `stored` are the records in the store."""
+        """The exit record of a rank that is dead; `stored` are the records in the store. `device_full`: it ended for
+        want of its device's memory."""
         slot = key.rank
         last = self._records.get(slot) or stored.get(slot)
         deaths = counted(self._deaths.get(slot, ()), stored.get(slot))
@@ -45,6 +54,9 @@ class Exits:
             reason = f"{how}; {reason}"
         restarts = last.restarts if last else 0
         record = exit_record(self._policy, key, reason, deaths, restarts, now, self._chance.random())
+        self._full[slot] = full = (*counted(self._full.get(slot, ()), stored.get(slot)), now) if device_full else ()
+        if len(full) >= FULL_DEATHS and not record.quarantined:
+            record = replace(record, quarantined=True, reason=f"{reason}; {len(full)} times in a row, slot set aside")
         if refused:
             record = replace(record, refused=True, quarantined=True)
         self._deaths[slot] = (*recent_deaths(self._policy, deaths, now), now)

@@ -13,9 +13,17 @@ from membership.base.endings import signal_name
 from membership.base.rank_id import RankId
 from membership.base.timing import CLOCK_SKEW_S
 from membership.store.records import ClusterConfig, RankExit
-from workers.protocol.step_fence import FENCED_STATUS, LOST_STATUS
+from workers.protocol.step_fence import FENCED_STATUS, FULL_STATUS, LOST_STATUS
 
-ENDINGS = {FENCED_STATUS: "found itself evicted", LOST_STATUS: "lost its device"}
+ENDINGS = {
+    FENCED_STATUS: "found itself evicted",
+    LOST_STATUS: "lost its device",
+    FULL_STATUS: "ran out of device memory",
+}
+
+
+FULL_DEATHS = 3
+"""Deaths of a slot in a row for want of device memory, after which it is set aside, whatever time lies between them."""
 
 
 def ending(status: int) -> str:

@@ -198,8 +198,11 @@ class Backend(Protocol):
     def finish(self) -> None:
         """Until all that this thread has begun is done. What a step or a copy has written counts only then."""
 
-    def check(self, error: BaseException) -> None:
-        """After work that failed with this error: DeviceLost if all that follows would fail, too. Does not wait."""
+    def check(self, error: BaseException) -> bool:
+        """After work that failed with this error: DeviceLost if all that follows would fail, too. Does not wait.
+
+        Whether it failed for want of memory; what is held in reserve was given back then.
+        """
 
     def seen(self) -> GpuUse | None:
         """The GPU that it computes on, with the memory that is free there and the steps that were recorded; None if it

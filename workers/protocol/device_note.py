@@ -1,8 +1,8 @@
 """What a rank says of its device: a note in its liveness page, read by its agent once per second and after its death.
 
-For people only: no decision depends on it. The rank's main thread writes it. A reader that comes amid a write finds
-another checksum, and learns nothing. What was written last stays readable however the process ends, so a rank whose
-device fails it leaves the reason there.
+For people, but for one decision: a slot whose ranks ended for want of device memory, one after the other, is set aside.
+The rank's main thread writes it. A reader that comes amid a write finds another checksum, and learns nothing. What was
+written last stays readable however the process ends, so a rank whose device fails it leaves the reason there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class DeviceNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     gpu: GpuUse | None = None
     last_words: str = ""  # why the rank ends, if it is for its device
+    full: bool = False  # and that had too little memory
 
 
 NOTHING = DeviceNote()
@@ -40,7 +41,7 @@ class DeviceNotes:
         gpu = note.gpu
         if gpu is not None:
             gpu = msgspec.structs.replace(gpu, exchange_reason=_cut(gpu.exchange_reason))
-        said = msgspec.msgpack.encode(DeviceNote(gpu=gpu, last_words=_cut(note.last_words)))
+        said = msgspec.msgpack.encode(msgspec.structs.replace(note, gpu=gpu, last_words=_cut(note.last_words)))
         self._memory[:_HEAD] = bytes(_HEAD)
         self._memory[_HEAD : _HEAD + len(said)] = said
         self._memory[:_HEAD] = len(said).to_bytes(4, "little") + zlib.crc32(said).to_bytes(4, "little")

@@ -16,6 +16,9 @@ FENCED_STATUS = 75
 LOST_STATUS = 76
 """Exit status of a rank whose device took no more work from it."""
 
+FULL_STATUS = 77
+"""Exit status of a rank whose device has too little memory for its work."""
+
 
 def follow(followed: int, offered: int) -> int:
     """The engine token that a rank obeys once the engine with `offered` asks it to. Fenced if that engine is older."""

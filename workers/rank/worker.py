@@ -32,6 +32,7 @@ from workers.protocol.far_link import FarLink
 from workers.protocol.identity import Identity
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus, TracedResult, TracedStep
+from workers.rank.device_health import DeviceHealth
 from workers.rank.environment import give_memory_back
 from workers.rank.expert_pieces import open_room
 from workers.rank.gpu_exchange import Apart, GpuExchange
@@ -185,7 +186,7 @@ class EPWorker:
         self._engine_token = 0
         self._load_turns = LoadTurns()
         self._gpu_report = GpuReport(ctx.notes, ctx.config.gpu_exchange_reason)
-        self._lost: DeviceLost | None = None  # as was found beside a step, maybe by another thread
+        self._health = DeviceHealth()
         self._left: set[RankId] = set()  # members of earlier views since the last retire_epoch
 
     def make_exchange(self) -> Exchange:
@@ -232,6 +233,13 @@ class EPWorker:
 
     def load_model(self) -> None:
         """Load everything but the experts. In any thread."""
+        try:
+            self._load_model()
+        except Exception as error:
+            self.after(error)
+            raise
+
+    def _load_model(self) -> None:
         import torch
 
         from workers.model.grammar import TOKENIZER_FILE, Grammars
@@ -411,11 +419,12 @@ class EPWorker:
         except DeviceLost:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, it is reported to the engine and the rank serves on
-            self._check_device(error)
+            self._health.in_step(self._backend, error)
             log.error("step_failed", rank=self.rank, step=batch.step, error=traceback.format_exc())
             return self._result(batch, StepStatus.FAILED, error=f"{type(error).__name__}: {error}")
         finally:
             self._use_cores(1)
+        self._health.step_done()
         result = self._result(batch, StepStatus.OK)
         result.tokens.extend(tokens)
         return result if clock is None else TracedResult.of(result, clock.took_s, clock.exchange_s)
@@ -435,17 +444,9 @@ class EPWorker:
             return clock.run(runner, chunks, together=together)
         return runner.run(chunks, together=together)
 
-    def _check_device(self, error: BaseException) -> None:
-        """DeviceLost, if after this error nothing else will do."""
-        if self._backend is not None:
-            self._backend.check(error)
-
     def after(self, error: BaseException) -> None:
         """Work beside a step has failed with this. If the device has, `poll` says so: the process has to end."""
-        try:
-            self._check_device(error)
-        except DeviceLost as lost:
-            self._lost = lost
+        self._health.beside(self._backend, error, serving=self._view.epoch > 0)
 
     def _idle_cores(self, batch: StepBatch) -> int:
         """How many cores this rank may take in a step: others of its host compute beside it, or compute for it."""
@@ -537,10 +538,10 @@ class EPWorker:
             if self.exchange.pending():
                 self.exchange.serve()
         except Exception as error:
-            self._check_device(error)
+            self.after(error)
+            self._health.require()
             raise
-        if self._lost is not None:
-            raise self._lost
+        self._health.require()
 
     def become(self, rank: int, incarnation: int) -> None:
         """A spare is this rank from now on. Its exchange, which has no links, gives way to one of the rank's name."""

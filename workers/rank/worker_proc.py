@@ -24,7 +24,7 @@ import structlog
 from opentelemetry import trace
 
 from membership.base import failpoints
-from membership.base.errors import DeviceLost, Fenced, QueueClosed, RankError, WaitTimeout
+from membership.base.errors import DeviceFull, DeviceLost, Fenced, QueueClosed, RankError, WaitTimeout
 from membership.base.logs import configure, identify
 from membership.base.rank_id import NO_SLOT, RankId, SpareId, labels
 from membership.base.timing import ORPHAN_GRACE_S
@@ -36,7 +36,7 @@ from workers.protocol.identity import Identity
 from workers.protocol.launch import FAILED_STR, READY_STR, Launch, Ready
 from workers.protocol.liveness import LivenessPage
 from workers.protocol.rpc import AnyCall, ResponseStatus, failure_of
-from workers.protocol.step_fence import FENCED_STATUS, LOST_STATUS
+from workers.protocol.step_fence import FENCED_STATUS, FULL_STATUS, LOST_STATUS
 from workers.rank.call_port import CallPort
 from workers.rank.engine_port import EnginePort
 from workers.rank.environment import destroy_parallel_groups, frozen_environment, set_name, signals_end_it_once
@@ -120,10 +120,12 @@ class WorkerProcChild:
             proc.worker_busy_loop()
         except Exception as error:
             if isinstance(error, DeviceLost):
-                log.error("device_lost", reason=str(error))
+                full = isinstance(error, DeviceFull)
+                log.error("device_full" if full else "device_lost", reason=str(error))
                 if proc is not None:
-                    proc.liveness.notes.write(DeviceNote(last_words=str(error)))
-                os._exit(LOST_STATUS)  # at once: to end in order asks more of the device, which may wait for ever
+                    proc.liveness.notes.write(DeviceNote(last_words=str(error), full=full))
+                # At once: to end in order asks more of the device, which may wait for ever.
+                os._exit(FULL_STATUS if full else LOST_STATUS)
             if proc is None:
                 why = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
                 _report(ready_writer, Ready(FAILED_STR, error=why))

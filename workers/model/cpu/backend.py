@@ -34,8 +34,9 @@ class CpuBackend:
     def finish(self) -> None:
         """Nothing: it is done when it returns."""
 
-    def check(self, error: BaseException) -> None:
-        """Nothing: a CPU computes on."""
+    def check(self, error: BaseException) -> bool:
+        """No: a CPU computes on."""
+        return False
 
     def seen(self) -> None:
         """None: it computes on no GPU."""

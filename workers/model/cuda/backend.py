@@ -11,7 +11,7 @@ import triton
 from torch import Tensor, nn
 
 from membership.base.enums import Exactness
-from membership.base.errors import DeviceLost, ModelError
+from membership.base.errors import DeviceLost, ModelError, RankFailed
 from membership.store.records import GpuUse
 from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec, HeldExperts, MoeBoundary, StepFunction
 from workers.model.calibrations import Calibrations
@@ -23,7 +23,7 @@ from workers.model.cuda.attention import CudaAttention
 from workers.model.cuda.expert_products import CudaExpertProducts
 from workers.model.cuda.graphs import StepGraphs
 from workers.model.cuda.kv_cache import CudaKVCache
-from workers.model.cuda.kv_memory import lasting_memory, own_memory
+from workers.model.cuda.kv_memory import FULL, lasting_memory, own_memory
 from workers.model.cuda.local_experts import CudaLocalExperts
 from workers.model.cuda.norm import fuse_norms
 from workers.model.cuda.rotary import fuse_rotary
@@ -55,16 +55,18 @@ class CudaBackend:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def check(self, error: BaseException) -> None:
+    def check(self, error: BaseException) -> bool:
         """Some errors (a launch failure, an illegal address, what comes with an Xid) are then every later call's, too;
         a question that waits for nothing tells. Where memory has ended, what torch keeps in reserve is given back.
         """
         if self.device.type != "cuda":
-            return
+            return False
         try:
             torch.cuda.current_stream(self.device).query()
-            if isinstance(error, torch.OutOfMemoryError):
+            short = isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RankFailed) and FULL in str(error))
+            if short:
                 torch.cuda.empty_cache()
+            return short
         except RuntimeError as failed:
             raise DeviceLost(f"{self.device}: {str(failed).splitlines()[0]}") from error
 

@@ -13,7 +13,15 @@ import pytest
 from msgspec.structs import replace
 from torch import Tensor
 
-from membership.base.errors import ConfigError, DeviceLost, Fenced, PeerTimeout, WaitTimeout
+from membership.base.errors import (
+    ConfigError,
+    DeviceFull,
+    DeviceLost,
+    Fenced,
+    OutOfDeviceMemory,
+    PeerTimeout,
+    WaitTimeout,
+)
 from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig, Member, Placement, View
 from tests.support.families import write_checkpoint
@@ -359,6 +367,41 @@ def test_an_error_after_which_the_device_is_lost_ends_the_rank(
         worker.prepare_epoch(view(2, WHOLE), {}).get_output(60.0)
     with pytest.raises(DeviceLost):
         worker.poll()
+
+
+def test_a_step_without_memory_is_run_again_and_the_second_time_ends_the_rank(worker: TestedWorker) -> None:
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(60.0)
+    assert worker._runner is not None
+
+    def short() -> None:
+        raise OutOfDeviceMemory("tried to allocate 2 GiB")
+
+    for expected in (StepStatus.FAILED, StepStatus.OK, StepStatus.FAILED):
+        worker._runner.on_launched = short if expected is StepStatus.FAILED else lambda: None
+        result = worker.execute_model(batch(1))
+        assert result is not None
+        assert result.status is expected
+    with pytest.raises(DeviceFull, match=r"out of device memory: tried to allocate 2 GiB; lower --kv-cache-memory"):
+        worker.execute_model(batch(1))
+
+
+def test_a_newcomer_without_memory_for_its_experts_ends(worker: TestedWorker) -> None:
+    worker.script.fail = OutOfDeviceMemory("tried to allocate 9 GiB")
+    with pytest.raises(OutOfDeviceMemory):
+        worker.prepare_epoch(view(1, WHOLE), {}).get_output(60.0)
+    with pytest.raises(DeviceFull, match="9 GiB"):
+        worker.poll()
+
+
+def test_a_member_without_memory_for_more_experts_serves_on(worker: TestedWorker) -> None:
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(60.0)
+    result = worker.execute_model(batch(1))
+    assert result is not None
+    assert result.status is StepStatus.OK
+    worker.script.fail = OutOfDeviceMemory("tried to allocate 9 GiB")
+    with pytest.raises(OutOfDeviceMemory):
+        worker.prepare_epoch(view(2, WHOLE), {}).get_output(60.0)
+    worker.poll()
 
 
 @pytest.mark.parametrize("at", ["rows for peers", "an expert for peers", "a copy of blocks"])

@@ -9,6 +9,7 @@ import pytest
 
 from membership.base.endings import OomKills, counted, signal_name
 from membership.base.rank_id import RankId
+from membership.store.records import RankExit
 from workers.agent.exits import Exits
 from workers.agent.restart_policy import RestartPolicy, ending
 
@@ -78,3 +79,19 @@ def test_an_exit_record_says_so_unless_the_agent_killed_it() -> None:
 def test_signals_without_a_name_are_named_too() -> None:
     assert ending(-signal.SIGSEGV) == "killed by signal 11, SIGSEGV"
     assert signal_name(40) == "signal 40"
+
+
+def test_a_slot_that_runs_out_of_device_memory_again_and_again_is_set_aside() -> None:
+    """However far apart its deaths are: a load of minutes must not go on for ever."""
+    exits, far = Exits(RestartPolicy(), oom_kills=OomKills(lambda: 0)), 10 * RestartPolicy().window_s
+
+    def died(incarnation: int, *, full: bool, slot: int = 0, forgiven: float = 0.0) -> RankExit:
+        stored = {slot: RankExit(rank=slot, incarnation=incarnation - 1, reason="", at=0.0, forgiven=forgiven)}
+        reason = "out of device memory: 2 GiB; detected by pidfd"
+        return exits.died(RankId(slot, incarnation), reason, stored, incarnation * far, device_full=full)
+
+    found = [died(i, full=full) for i, full in enumerate((True, True, False, True, True, True), start=1)]
+    assert [each.quarantined for each in found] == [False] * 5 + [True]
+    assert found[-1].reason == "out of device memory: 2 GiB; detected by pidfd; 3 times in a row, slot set aside"
+    assert not died(7, full=True, slot=1).quarantined, "another slot's"
+    assert not died(8, full=True, forgiven=7.5 * far).quarantined, "an operator had it try again"

@@ -45,9 +45,9 @@ def test_what_may_be_asked_for() -> None:
         Fault(name="rank.prepared", action="hang", rank=2, limit=1),
         Fault(name="engine.after.flip", action="wait", file="/a=b"),
     )
-    faults = "rank.step=hang-gil;rank.step=segv;rank.step=delay:5;rank.launched=lose-device"
+    faults = "rank.step=hang-gil;rank.step=segv;rank.step=delay:5;rank.launched=lose-device;rank.launched=fill-device"
     assert [f.action for f in parse(faults)] == [
-        "hang-gil", "segv", "delay", "lose-device",
+        "hang-gil", "segv", "delay", "lose-device", "fill-device",
     ]  # fmt: skip
     assert parse("rank.step=delay:50")[0].ms == 50
 

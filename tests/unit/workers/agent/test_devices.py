@@ -56,11 +56,11 @@ def test_a_rank_whose_device_failed_it_has_the_last_word() -> None:
     devices.look(pages)
     events.clear()
     pages[ONE].note = DeviceNote(last_words="cuda:1: unspecified launch failure")
-    assert devices.died(ONE, pages[ONE]) == "cuda:1: unspecified launch failure; "
+    assert devices.died(ONE, pages[ONE]) == pages[ONE].note
     assert events == [
         ("device_failed", ONE, {"reason": "cuda:1: unspecified launch failure", "gpu": 1, "uuid": "GPU-8f"})
     ]
     events.clear()
-    assert devices.died(TWO, pages[TWO]) == "", "it was killed"
-    assert devices.died(RankId(2, 13), None) == "", "it is gone altogether"
+    assert not devices.died(TWO, pages[TWO]).last_words, "it was killed"
+    assert devices.died(RankId(2, 13), None) == NOTHING, "it is gone altogether"
     assert told(events) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from membership.base.errors import DeviceLost
+from membership.base.errors import DeviceLost, RankFailed
 
 pytest.importorskip("triton")
 
@@ -31,6 +31,8 @@ class Stream:
     [
         ("", ValueError("a broken request"), False, ""),
         ("", torch.OutOfMemoryError("CUDA out of memory"), True, ""),
+        ("", RankFailed("CUDA's driver: CUDA_ERROR_OUT_OF_MEMORY"), True, ""),
+        ("", RankFailed("CUDA's driver: CUDA_ERROR_INVALID_VALUE"), False, ""),
         ("unspecified launch failure", RuntimeError("whatever came first"), False, "unspecified launch failure"),
         ("unspecified launch failure", torch.OutOfMemoryError("it cannot tell"), False, "unspecified launch failure"),
     ],
@@ -49,5 +51,5 @@ def test_only_an_error_that_stays_ends_the_rank(
         with pytest.raises(DeviceLost, match=f"^cuda:1: CUDA error: {lost}$"):
             backend.check(error)
     else:
-        backend.check(error)
+        assert backend.check(error) == given_back
     assert calls == ["empty_cache"] * given_back
