@@ -127,6 +127,10 @@ BOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
                 "replicas": "min(elastic_ep_expert_live_replicas_min{RELEASE})",
             }),
             Panel("Experts without a replica", "short", {"experts": most("experts_uncovered")}),
+            Panel("Experts that one host's end would leave without", "short", {
+                "{{node}}": most("node_sole_experts", "node"),
+                "{{node}} is safe to delete": most("node_safe_to_delete", "node"),
+            }, SHARED),
             Panel("Busiest rank over the mean", "short", {"load of experts": most("expert_imbalance_ratio")}),
             Panel("Weights that moved", "Bps", {"{{trigger}}": rate("weight_bytes_moved_total", "trigger")}, HISTORY),
             Panel("GPU memory in use", "bytes", {

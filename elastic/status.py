@@ -13,6 +13,7 @@ from membership.operations.change import describe_change
 from membership.operations.pause import paused_words
 from membership.placement.balance import imbalance
 from membership.placement.plan import coverage
+from membership.placement.survivability import Sole, sole_holders
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.identity import name_of
 from membership.planning.rebalance import loads_of
@@ -91,6 +92,7 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: str = ""  # why its slot is set aside; left out if it is not
     load: LoadStatus | None = None  # left out while it loads nothing
     gpu: GpuStatus | None = None  # left out if it computes on none
+    sole_experts: int = 0  # (layer, expert) pairs that its end would leave without a live replica; left out if none
 
 
 class CoverageStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +114,7 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     trouble: str = ""  # its copy of the checkpoint is another one by now; left out if it is not
     machine: str = ""
     zone: str = ""
+    sole_experts: int = 0  # (layer, expert) pairs that its end would leave without a live replica; left out if none
 
 
 class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -255,8 +258,9 @@ def _node(facts: ClusterFacts, node: str) -> NodeStatus:
     safe = not ranks and not ending and bool(facts.members) and node not in facts.offices
     agent = facts.state.agents[node]
     return NodeStatus(
-        node=node, ranks=ranks, safe_to_delete=safe, trouble=agent.trouble, machine=agent.machine, zone=agent.zone
-    )
+        node=node, ranks=ranks, safe_to_delete=safe, trouble=agent.trouble, machine=agent.machine, zone=agent.zone,
+        sole_experts=_sole(facts).nodes.get(node, 0),
+    )  # fmt: skip
 
 
 def links_of(state: ClusterState) -> Iterator[LinkStatus]:
@@ -331,6 +335,15 @@ def _imbalance_of(view: View, config: ClusterConfig, load: ExpertLoad | None) ->
     return round(imbalance(view.placement, loads), 3) if loads is not None else None
 
 
+@_Remembered
+def _sole_of(view: View, alive: tuple[tuple[int, str], ...], config: ClusterConfig) -> Sole:
+    return sole_holders(view.placement, dict(alive), config.moe_layers, config.experts)
+
+
+def _sole(facts: ClusterFacts) -> Sole:
+    return _sole_of(facts.view, tuple((m.rank, m.node) for m in facts.alive), facts.config)
+
+
 def _coverage(facts: ClusterFacts) -> CoverageStatus:
     if not facts.members:
         return CoverageStatus(min_live_replicas=0, uncovered=0)
@@ -402,6 +415,7 @@ def _rank(facts: ClusterFacts, member: Member, state: RankState) -> RankStatus:
         reason=last.reason if last is not None and state is RankState.QUARANTINED else "",
         load=_load(facts, member),
         gpu=_gpu(facts, member),
+        sole_experts=_sole(facts).ranks.get(member.rank, 0) if member in facts.members else 0,
     )
 
 

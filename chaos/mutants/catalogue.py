@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chaos.mutants import gpus, membership, ranks, serving
+from chaos.mutants import gpus, hosts, membership, ranks, serving
 from chaos.mutants.mutant import Mutant
 
-MUTANTS: tuple[Mutant, ...] = (*membership.MUTANTS, *serving.MUTANTS, *ranks.MUTANTS, *gpus.MUTANTS)
+MUTANTS: tuple[Mutant, ...] = (*membership.MUTANTS, *serving.MUTANTS, *ranks.MUTANTS, *gpus.MUTANTS, *hosts.MUTANTS)

@@ -6,7 +6,7 @@ It starts and restarts processes, reports their ends to those that watch them, a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from random import Random
 from typing import Any
 
@@ -314,6 +314,12 @@ class Cluster:
             token = by.decided_in.token if by is not None and by.decided_in is not None else 0
             require(token == before.leader_revision, f"{author} committed under token {token}, and leads no more")
 
+    def _apart(self) -> Iterator[str]:
+        """Members on other hosts without a link, although nothing is cut."""
+        for rank in self.ranks.values():
+            if peers := rank.exchange.far.returning & self.ranks.keys():
+                yield f"{rank.name} has no link with {sorted(peers)}"
+
     def trouble(self) -> str:
         """What is not yet as it should be without faults; "" if all is well."""
         state = self.store.state
@@ -326,6 +332,7 @@ class Cluster:
             current = (state.engine_token, view.epoch if view is not None else 0)
             adopted = status is not None and (status.token, status.epoch) == current and not status.masked
             require(adopted, f"the engine has not adopted the view: {status}")
+            require_none(self._apart())
         except Violation as violation:
             return str(violation)
         lost = {name: len(each.tokens) for name, each in self.requests.items() if not each.ended}

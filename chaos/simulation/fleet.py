@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from chaos.simulation.engine import EngineProcess
 
 JOIN_S, RETRY_S = 0.005, 0.5
+BY_NETWORK = frozenset({DetectedBy.SILENCE, DetectedBy.QUEUE, DetectedBy.DEADLINE})  # what a cut looks like
 
 
 class Bell:
@@ -162,7 +163,7 @@ class SimFleet(Fleet):
         if rank is not None and key in self._links:
             ill = rank.stopped or rank.ill_until > self._clock() - 1.0
             released = source is DetectedBy.QUEUE and not self._assigned(key)  # as its agent asked
-            cut = self._network_troubled(rank.at)
+            cut = source in BY_NETWORK and self._network_troubled(rank.at)
             require(ill or released or cut, f"rank {key[0]} beats and advances, and was evicted: {source}")
             if source is DetectedBy.SILENCE:
                 self._require_not_ours(key, rank.at)

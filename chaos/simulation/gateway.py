@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,9 +38,11 @@ class ClientRequest:
     tokens: list[int] = field(default_factory=list)
     ended: str = ""
     on_token: Any = None
+    served_now: Callable[[], int] = lambda: 0
     clock: Any = None
     asked_at: float = 0.0
     patience_s: float = 0.0  # a refusal before that is a violation
+    served_by: int = 0  # token of the engine that its last tokens are of
 
     def deliver(self, request_id: str, news: Delta | RequestError) -> None:
         require(not self.ended, f"request {request_id} goes on after its end")
@@ -49,6 +52,9 @@ class ClientRequest:
             require(waited_s >= self.patience_s, f"request {request_id} was refused after {waited_s:.1f} s: {news}")
             self.ended = "refused"
             return
+        engine = self.served_now()
+        require(engine >= self.served_by, f"request {request_id} has tokens of engine {engine}, after {self.served_by}")
+        self.served_by = engine
         self.tokens += news.tokens
         self.on_token(len(news.tokens))
         right = self.expected[0][: len(self.tokens)] == self.tokens
@@ -124,6 +130,7 @@ class GatewayProcess(Process):
         self.requests: dict[str, ClientRequest] = {}
         self._target: Target | None = None
         self._ping_at = self._retry_at = 0.0
+        self._answering = 0  # token of the engine that sent the last message
         self.after(self.random.uniform(0.0, 0.05), self._tick)
 
     def turn(self) -> None:
@@ -156,6 +163,7 @@ class GatewayProcess(Process):
         """A message has arrived. Only those of the engine in office count."""
         if connection is self.connection and self._target is not None and message.engine_token == self._target.token:
             self.link._last_message_at = self.clock.now
+            self._answering = message.engine_token
             self.link._handle(message)
 
     def disconnected(self, connection: Connection) -> None:
@@ -184,7 +192,7 @@ class GatewayProcess(Process):
         submit = request.submission()
         found = ClientRequest(
             submit, oracle(submit), on_token=self.cluster.count_tokens, clock=self.clock, asked_at=self.clock.now,
-            patience_s=self.cluster.config.coverage_deadline_s,
+            patience_s=self.cluster.config.coverage_deadline_s, served_now=lambda: self._answering,
         )  # fmt: skip
         self.requests[name] = self.cluster.requests[name] = found
         self.link.open(cast(Any, found), [request])

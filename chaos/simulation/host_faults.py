@@ -13,6 +13,9 @@ HOLDS_S = (0.1, 0.25, 0.4, 1.3, 3.0, 6.0)  # shorter than what makes a host susp
 SLOW_S, LOSSY = (0.02, 0.05), (0.05, 0.3)
 
 HOST_FAULTS: dict[str, Action] = {}
+ENDS = frozenset(
+    {"kill-host", "lose-host"}
+)  # of processes: what was killed is started again, but not at once each time
 
 
 def host_fault(function: Action) -> Action:

@@ -50,6 +50,23 @@ def status(
                 return
 
 
+node = typer.Typer(help="Show the hosts of a cluster.", no_args_is_help=True)
+
+
+@node.command("ls")
+@command
+def list_nodes(connection: Connection, output: OutputFlag = Output.TEXT) -> None:
+    """List hosts: their ranks, experts whose only replicas are there, and which may be deleted."""
+    with connection.client() as client:
+        from elastic.cli.render import console, nodes_view
+
+        document = client.status()
+        if output is Output.JSON:
+            write_json({"nodes": document["nodes"]})
+        else:
+            console().print(nodes_view(document))
+
+
 def _link_events(client: Client, stop: threading.Event) -> list[Event]:
     """The last links that were cut, or came back; none where the history is out of reach."""
     try:
@@ -131,3 +148,4 @@ def add_to(app: typer.Typer) -> None:
     """Register these commands."""
     for each in (status, explain, events, unquarantine):
         app.command(rich_help_panel="Operations")(each)
+    app.add_typer(node, name="node", rich_help_panel="Operations")

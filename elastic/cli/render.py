@@ -71,11 +71,40 @@ def _heading(document: dict[str, Any]) -> Text:
         heading.append(f"\n{document['pause']['words']}; elastic resume ends it", "yellow")
     if document.get("drained"):
         heading.append(f"\ndrained: {_ranks(document['drained'])}; elastic undrain fills them again", "yellow")
-    if free := [node["node"] for node in document.get("nodes", ()) if node["safe_to_delete"]]:
-        heading.append(f"\nsafe to delete: node {', '.join(free)}", "yellow")
+    for warning in _warnings(document):
+        heading.append(f"\n{warning}", "yellow")
     for trouble in _troubles(document):
         heading.append(f"\n{trouble}", "red")
     return heading
+
+
+def _warnings(document: dict[str, Any]) -> Iterator[str]:
+    if free := [node["node"] for node in document.get("nodes", ()) if node["safe_to_delete"]]:
+        yield f"safe to delete: node {', '.join(free)}"
+    if sole := _sole_lines(document):
+        yield f"the only replicas of experts are {'; '.join(sole)}"
+
+
+def _sole_lines(document: dict[str, Any]) -> list[str]:
+    """Whose end would leave experts without a replica. Of one host that is true of all, and said of its ranks only."""
+    nodes = document.get("nodes", ())
+    found = [("node", node["node"], node.get("sole_experts", 0)) for node in nodes if len(nodes) > 1]
+    found += [("rank", rank["rank"], rank.get("sole_experts", 0)) for rank in document["ranks"]]
+    return [f"on {kind} {name} ({count} of them)" for kind, name, count in found if count]
+
+
+def nodes_view(document: dict[str, Any]) -> RenderableType:
+    """The hosts as a table, and what the end of each would cost."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    words = ("node", "machine", "zone")
+    for column in (*words, "ranks", "only replicas of", "safe to delete"):
+        table.add_column(column, justify="left" if column in words else "right")
+    for node in document["nodes"]:
+        table.add_row(
+            node["node"], node.get("machine", ""), node.get("zone", ""), str(node["ranks"]),
+            f"{node.get('sole_experts', 0)} experts", "yes" if node["safe_to_delete"] else "no",
+        )  # fmt: skip
+    return table
 
 
 def _troubles(document: dict[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from elastic.gateway.key_ring import KeyRing
 from elastic.gateway.load_metrics import LoadGauges, OpenRequests
 from elastic.gateway.metric_aliases import with_aliases
 from elastic.gateway.traffic import Traffic
-from elastic.status import LinkStatus, RankStatus, cluster_status
+from elastic.status import LinkStatus, NodeStatus, RankStatus, cluster_status
 from membership.store.records import ClusterState, RankState
 
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -134,6 +134,7 @@ class ClusterGauges(Collector):
         covered = status.coverage
         yield _gauge("expert_live_replicas_min", "Live replicas of the expert with fewest.", covered.min_live_replicas)
         yield _gauge("experts_uncovered", "(layer, expert) pairs without a live replica.", covered.uncovered)
+        yield from _nodes(status.nodes)
         if status.imbalance is not None:
             text = "The busiest rank's measured expert load over the mean rank's, averaged over the layers."
             yield _gauge("expert_imbalance_ratio", text, status.imbalance)
@@ -186,6 +187,18 @@ class KeyCounters(Collector):
     def describe(self) -> Iterable[Metric]:
         """Nothing: names are known at collection."""
         return []
+
+
+def _nodes(nodes: Iterable[NodeStatus]) -> Iterable[Metric]:
+    """What the end of each host would cost."""
+    text = "(layer, expert) pairs that the end of this host would leave without a live replica."
+    sole = GaugeMetricFamily(PREFIX + "node_sole_experts", text, labels=["node"])
+    text = "1: no rank is on this host, planned or ending, nor a role in charge."
+    safe = GaugeMetricFamily(PREFIX + "node_safe_to_delete", text, labels=["node"])
+    for node in nodes:
+        sole.add_metric([node.node], node.sole_experts)
+        safe.add_metric([node.node], node.safe_to_delete)
+    yield from (sole, safe)
 
 
 def _gpus(ranks: Iterable[RankStatus]) -> Iterable[Metric]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -50,6 +51,27 @@ def survivability(placement: Placement, nodes: Places, moe_layers: int, experts:
         after_zone_loss=min(by_zone.values(), default=None),
         vital_zones=tuple(zone for zone, left in by_zone.items() if not left),
     )
+
+
+class Sole(NamedTuple):
+    """How many (layer, expert) pairs have their last replicas there, by rank and by node: what its end uncovers."""
+
+    ranks: dict[int, int]
+    nodes: dict[str, int]
+
+
+def sole_holders(placement: Placement, nodes: Mapping[int, str], moe_layers: int, experts: int) -> Sole:
+    """Count them among these ranks, which are those that live. `nodes`: where they are."""
+    order = sorted(nodes)
+    holds = held_by(moe_layers, experts, order, placement)
+    total = holds.sum(axis=1)
+
+    def only(rows: list[int]) -> int:
+        there = holds[:, rows].sum(axis=1)
+        return int(((there == total) & (there > 0)).sum())
+
+    rows_of = {node: [row for row, rank in enumerate(order) if nodes[rank] == node] for node in nodes.values()}
+    return Sole({rank: only([row]) for row, rank in enumerate(order)}, {node: only(rows_of[node]) for node in rows_of})
 
 
 def needed_redundancy(nodes: Places, experts: int, *, hosts: bool = False) -> float | None:

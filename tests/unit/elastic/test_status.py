@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from elastic import status as status_module
-from elastic.cli.render import links_view, status_view
+from elastic.cli.render import links_view, nodes_view, status_view
 from elastic.gateway.metrics import GatewayMetrics
 from elastic.status import ClusterStatus, cluster_status
 from membership.base.enums import OperationKind
@@ -59,7 +59,7 @@ def test_the_document_is_exactly_as_promised() -> None:
         "spares": {"wanted": 0, "ready": 0},
         "owner": "operator",
         "drained": [],
-        "nodes": [{"node": "n", "ranks": 4, "safe_to_delete": False}],
+        "nodes": [{"node": "n", "ranks": 4, "safe_to_delete": False, "sole_experts": 8}],
         "links": [],
         "pause": None,
         "exactness": "invariant",
@@ -78,6 +78,31 @@ def test_the_document_is_exactly_as_promised() -> None:
         "heartbeat_age_ms": 250.0,
         "restarts": 0,
     }
+
+
+def test_what_the_end_of_a_host_or_a_rank_would_uncover_is_shown() -> None:
+    plain = healthy()
+    assert plain.view is not None
+    hosts = {node: replace(plain.agents["n"], node=node) for node in ("n", "o")}
+    members = tuple(replace(each, node="o") if each.rank > 1 else each for each in plain.view.members)
+    records = {key: replace(each, node="o") if each.rank > 1 else each for key, each in plain.ranks.items()}
+    specs = plain.assignments["n"].ranks
+    placed = {
+        node: replace(plain.assignments["n"], node=node, ranks=ranks)
+        for node, ranks in (("n", specs[:2]), ("o", specs[2:]))
+    }
+    state = replace(plain, agents=hosts, assignments=placed, view=replace(plain.view, members=members), ranks=records)
+    for lost, nodes, ranks in (((), {"n": 0, "o": 0}, [0, 0, 0, 0]), ((1,), {"n": 0, "o": 4}, [0, 0, 4])):
+        document = json.loads(msgspec.json.encode(cluster_status(without(state, *lost), 10.0)))
+        assert {node["node"]: node.get("sole_experts", 0) for node in document["nodes"]} == nodes, document
+        serving = [rank.get("sole_experts", 0) for rank in document["ranks"] if rank["rank"] not in lost]
+        assert serving == ranks, document
+        console = Console(width=200)
+        with console.capture() as text:
+            console.print(status_view(document))
+            console.print(nodes_view(document))
+        assert ("on node o (4 of them); on rank 3 (4 of them)" in text.get()) == bool(lost)
+        assert ("4 experts" in text.get()) == bool(lost)
 
 
 def test_spares_are_counted_over_all_hosts_and_shown_where_there_shall_be_some() -> None:
