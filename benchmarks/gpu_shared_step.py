@@ -34,7 +34,6 @@ class ModelRank(Rank):
         from workers.model.devices import open_backend
         from workers.model.expert_bank import LocalExpertBank
         from workers.model.load import load_model
-        from workers.model.moe import activation_of
         from workers.model.runner import ModelRunner
 
         total = CONTEXT + WARM + steps + 2
@@ -46,17 +45,17 @@ class ModelRank(Rank):
         )
         bank.load_all([(layer, expert) for layer in range(layers) for expert in range(EXPERTS)])
         self._runner.attach(LocalExchange(bank))
-        self._runner.moe.shared = self._shared = self._share(bank, activation_of(loaded.expert_modules[0]), layers)
+        self._runner.moe.shared = self._shared = self._share(bank, self._runner.products, layers)
         return {}
 
-    def _share(self, bank: Any, activation: Any, layers: int) -> Any:
+    def _share(self, bank: Any, products: Any, layers: int) -> Any:
         """As if this rank had its share of the experts alone."""
         from workers.exchange.cuda.calls import DeviceCalls, Reach
         from workers.model.cuda.shared_experts import SharedExperts
 
         reach = Reach([each.address for each in self._mapped], self.called_off)
         calls = DeviceCalls(self.shape, self.me, EXPERTS, reach, LIMIT_S, layers)
-        shared = SharedExperts(calls, self.shape, bank, activation, layers)
+        shared = SharedExperts(calls, self.shape, bank, products.kernels, layers)
         owner = [place[0] if place else None for place in placement(self.ranks, 1, 0)[1]]
         shared.place([owner] * layers)
         return shared
@@ -82,7 +81,7 @@ class ModelRank(Rank):
             begun = time.perf_counter()
             chunks = [SeqChunk(s, CONTEXT + step, [texts[s][-1]], blocks[s], Sampling()) for s in range(streams)]
             self._base += NUMBERS_PER_STEP
-            self._shared.follow(self._base, 0)
+            self._shared.follow(self._base, 0, self.ranks * streams)
             for text, sampled in zip(texts, self._runner.run(chunks, together=together), strict=True):
                 text.append(sampled.token)
             times.append(1000 * (time.perf_counter() - begun))

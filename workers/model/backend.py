@@ -148,6 +148,10 @@ class HeldExperts(Protocol):
 class LocalExperts(Protocol):
     """The routed experts of a step that does not leave the device: all are here, or it reaches the other ranks'."""
 
+    @property
+    def many(self) -> bool:
+        """Whether those of this step are computed as for many rows of other ranks: a recording is of one kind."""
+
     def begin(self, rows: int) -> bool:
         """Before each step, which has that many real rows: whether it can compute all experts."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import structlog
 
@@ -24,6 +24,7 @@ from workers.rank.worker_api import WorkerContext
 if TYPE_CHECKING:
     from workers.exchange.cuda.driver import Mapping as Mapped
     from workers.exchange.cuda.window import WindowShape
+    from workers.model.cuda.expert_products import CudaExpertProducts
     from workers.model.cuda.shared_experts import SharedExperts
     from workers.model.runner import ModelRunner
 
@@ -92,7 +93,6 @@ class GpuExchange:
         from workers.exchange.cuda.driver import host_words
         from workers.exchange.cuda.window import WindowShape
         from workers.model.cuda.shared_experts import SharedExperts
-        from workers.model.moe import activation_of
 
         hidden = int(runner.loaded.model.config.hidden_size)
         shape = WindowShape(config.gpu_exchange, config.experts, config.max_batched_tokens, hidden, info.top_k)
@@ -106,7 +106,8 @@ class GpuExchange:
             self._called_off = host_words(page, mmap.PAGESIZE) + self._ctx.called_off_at - page
         reach = Reach([each.address for each in self._mapped], self._called_off)
         calls = DeviceCalls(shape, self._ctx.rank, config.experts, reach, TOGETHER_S, config.moe_layers)
-        return SharedExperts(calls, shape, runner.bank, activation_of(runner.loaded.expert_modules[0]), info.moe_layers)
+        kernels = cast("CudaExpertProducts", runner.products).kernels
+        return SharedExperts(calls, shape, runner.bank, kernels, info.moe_layers)
 
     def _window(self, slot: int, shape: WindowShape, gpu: int) -> Mapped:
         import torch
@@ -129,7 +130,9 @@ class GpuExchange:
             self._placed = (0, frozenset())
             self._shared.place(holders_of(view.placement, live, self._ctx.rank, shape))
             self._placed = view.epoch, live
-        self._shared.follow(batch.together, sum(1 << slot for slot in range(slots) if slot not in live))
+        masked = sum(1 << slot for slot in range(slots) if slot not in live)
+        rows = sum(len(chunk.tokens) for chunks in batch.ranks.values() for chunk in chunks)
+        self._shared.follow(batch.together, masked, rows)
         return self._shared
 
 

@@ -20,7 +20,7 @@ from workers.model.cpu.fingerprint import kernel_fingerprint
 from workers.model.cpu.linear import make_invariant
 from workers.model.cuda import kernels
 from workers.model.cuda.attention import CudaAttention
-from workers.model.cuda.expert_products import CudaExpertProducts
+from workers.model.cuda.expert_products import CudaExpertProducts, ExpertKernels
 from workers.model.cuda.graphs import StepGraphs
 from workers.model.cuda.kv_cache import CudaKVCache
 from workers.model.cuda.kv_memory import FULL, lasting_memory, own_memory
@@ -37,6 +37,7 @@ class CudaBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool_fd = NO_POOL
+        self._kernels: ExpertKernels | None = None  # of this model's experts, whichever way they are called
         self._recorded: list[int] = []  # rows of each step that was
         self._recorded_at = 0.0
         self.enter_thread()
@@ -130,11 +131,14 @@ class CudaBackend:
         self, activation: Activation, exactness: Exactness, calibrations: Calibrations
     ) -> CudaExpertProducts:
         """See `Backend`."""
-        return CudaExpertProducts(activation, exactness, calibrations)
+        products = CudaExpertProducts(activation, exactness, calibrations)
+        self._kernels = products.kernels
+        return products
 
     def local_experts(self, held: HeldExperts, activation: Activation, shape: tuple[int, int]) -> CudaLocalExperts:
-        """See `Backend`."""
-        return CudaLocalExperts(held, activation, shape, self.device)
+        """See `Backend`. Wide tiles are used where `expert_products` may use them."""
+        kernels = self._kernels or ExpertKernels(activation, wide=False)
+        return CudaLocalExperts(held, kernels, shape, self.device)
 
     def capture(self, step: StepFunction, attention: Attention, experts: MoeBoundary) -> StepFunction:
         """Decode steps as CUDA graphs. ModelError for another backend's attention."""

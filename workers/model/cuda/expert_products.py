@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
+import structlog
 import torch
 import triton
 import triton.language as tl
@@ -18,14 +22,37 @@ from workers.model.backend import Activation
 from workers.model.calibrations import Calibrations
 from workers.model.cuda.kernels import grouped_product
 from workers.model.expert_source import ExpertWeights
-from workers.model.row_tiles import CANDIDATES, calibrate_product
+from workers.model.row_tiles import CANDIDATES, REFERENCE, calibrate_product
+
+log = structlog.get_logger(__name__)
 
 KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-ROWS, COLUMNS = 16, 32
-PIECE_BYTES = 256  # of a row of the left side per product
-WARPS, STAGES = 2, 4  # measured with COLUMNS on an H200: 0.72 of the time that 64 columns, 4 warps and 3 stages take
+FEW = 32  # rows; larger groups are computed in wide tiles
+MANY = 1 << 30  # rows that no group has
 TRIED = 4  # rows in the look at an activation
 TOLERANCE = 1e-5  # of fp32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program computes at a time. The order in which an element is summed does not depend on it."""
+
+    rows: int
+    columns: int
+    piece_bytes: int  # of a row of the left side per product
+    warps: int
+    stages: int
+
+
+NARROW = Tile(16, 32, 256, 2, 4)  # measured on an H200: 0.72 of the time of 64 columns, 4 warps and 3 stages
+WIDE = Tile(64, 128, 128, 4, 3)  # each number is read by a quarter of the programs; not measured
+
+
+class Picked(NamedTuple):
+    """Row i of a product is made of row order[i] // shared_by of what is given."""
+
+    order: Tensor
+    shared_by: int
 
 
 class ExpertKernels:
@@ -33,9 +60,15 @@ class ExpertKernels:
     rows there are: room for those of a long prompt costs a decode step nothing.
     """
 
-    def __init__(self, activation: Activation) -> None:
+    def __init__(self, activation: Activation, *, wide: bool) -> None:
+        """`wide`: whether wide tiles may be used, where it is not to be seen first that they give the same bits."""
+        self.wide = wide
         self._activation = activation
         self._gated: bool | None = None  # whether it is silu times the other half, which is done within the product
+
+    def few(self, rows: int, groups: int) -> int:
+        """From how many rows on a group of a call is computed in wide tiles, if `rows` are for `groups` in all."""
+        return FEW if self.wide and 2 * rows >= FEW * groups else MANY
 
     def look(self, up: Tensor) -> None:
         """At the activation, for experts with this `gate_up`. Before anything is recorded."""
@@ -51,42 +84,47 @@ class ExpertKernels:
         up: tuple[Tensor, Tensor],
         down: tuple[Tensor, Tensor],
         ends: Tensor,
-        order: Tensor | None = None,
-        shared_by: int = 0,
+        picked: Picked | None = None,
+        few: int = MANY,
     ) -> Tensor:
         """Of `up` and `down` one expert's matrix each, as which all are laid out, and the addresses of all. The rest as
         for `multiply`.
         """
         self.look(up[0])
         if self._gated:
-            middle = multiply(rows, *up, ends, order, shared_by, gated=True)
+            middle = multiply(rows, *up, ends, picked, gated=True, few=few)
         else:
-            middle = self._activation(multiply(rows, *up, ends, order, shared_by))
-        return multiply(middle, *down, ends)
+            middle = self._activation(multiply(rows, *up, ends, picked, few=few))
+        return multiply(middle, *down, ends, few=few)
 
 
 class CudaExpertProducts:
     """Satisfies `ExpertProducts`: exact by the kernel's fixed tiles, and checked once on the device that computes."""
 
     def __init__(self, activation: Activation, exactness: Exactness, calibrations: Calibrations) -> None:
-        self._kernels = ExpertKernels(activation)
         self._unchecked = exactness == Exactness.INVARIANT
+        self.kernels = ExpertKernels(activation, wide=not self._unchecked)
         self._calibrations = calibrations
         self._checking = threading.Lock()
 
     def calibrate(self, weights: ExpertWeights) -> None:
-        """Check, with the first expert, that a row's bits are the same in groups of all sizes. ModelError if not."""
+        """Check, with the first expert, that a row's bits are the same in groups of all sizes. ModelError if not; if it
+        is for wide tiles alone, they are not used.
+        """
         with self._checking:
             if not self._unchecked:
                 return
+            wide = True
             for matrix in (weights.gate_up, weights.down):
                 what = f"experts {tuple(matrix.shape)} on the GPU"
-                sizes = self._calibrations.of(what, lambda matrix=matrix: _agreeing(matrix))  # type: ignore[misc]
-                if sizes != CANDIDATES:
+                if self._calibrations.of(what, partial(_agreeing, matrix, MANY)) != CANDIDATES:
                     hint = "--exactness stock serves without the guarantee"
                     raise ModelError("experts: a row's result depends on its batch on this GPU", hint=hint)
+                wide &= self._calibrations.of(f"{what}, wide", partial(_agreeing, matrix, REFERENCE + 1)) == CANDIDATES
             self._calibrations.keep()
-            self._unchecked = False
+            self._unchecked, self.kernels.wide = False, wide
+            if not wide:
+                log.warning("wide_tiles_round_otherwise")
 
     def padded(self, rows: int) -> int:
         """As many as there are: the kernel masks the rest of its tile."""
@@ -98,7 +136,8 @@ class CudaExpertProducts:
         ends, up_at, down_at = _on_device(
             [0, *accumulate(sizes)], addresses_of(up), addresses_of(down), device=rows.device
         )
-        return self._kernels.run(rows, (up[0], up_at), (down[0], down_at), ends)
+        few = self.kernels.few(len(rows), len(sizes))
+        return self.kernels.run(rows, (up[0], up_at), (down[0], down_at), ends, few=few)
 
 
 def multiply(
@@ -106,26 +145,30 @@ def multiply(
     matrix: Tensor,
     addresses: Tensor,
     ends: Tensor,
-    order: Tensor | None = None,
-    shared_by: int = 0,
+    picked: Picked | None = None,
     *,
     gated: bool = False,
+    few: int = MANY,
 ) -> Tensor:
     """rows [R, K], addresses [groups] of matrices [K, N] laid out as `matrix`, ends [groups + 1] -> [R, N].
 
-    With `order` [R]: rows [R // shared_by, K], and row i of the product is made of row order[i] // shared_by.
-    `gated`: [R, N / 2], silu of the product's first half times the second.
+    With `picked` of R rows: rows [R // shared_by, K]. `gated`: [R, N / 2], silu of the product's first half times the
+    second. `few`: groups of as many rows are computed in wide tiles.
     """
-    inner, width = matrix.shape
-    columns = COLUMNS
-    if gated:  # a program has as many columns in all: as much to read, and as many programs
-        width, columns = width // 2, COLUMNS // 2
-    out = rows.new_empty(len(rows) if order is None else len(order), width)
-    grouped_product[(triton.cdiv(width, columns), len(addresses))](
-        rows.contiguous(), ends if order is None else order, addresses, ends, out, inner, width, *matrix.stride(),
-        GATED=gated, SHARED_BY=shared_by, KIND=KINDS[rows.dtype], ROWS=ROWS, COLUMNS=columns,
-        PIECE=PIECE_BYTES // rows.element_size(), num_warps=WARPS, num_stages=STAGES,
-    )  # fmt: skip
+    inner, read = matrix.shape
+    width = read // 2 if gated else read
+    order, shared_by = picked or Picked(ends, 0)
+    out = rows.new_empty(len(order) if picked else len(rows), width)
+    rows = rows.contiguous()
+    for tile, least, below in ((NARROW, 0, few), (WIDE, few, MANY)):
+        if least >= below:
+            continue
+        piece = tile.piece_bytes // rows.element_size()
+        grouped_product[(triton.cdiv(read, tile.columns), len(addresses))](
+            rows, order, addresses, ends, out, inner, width, *matrix.stride(), least, below,
+            EVEN=inner % piece == read % tile.columns == 0, GATED=gated, SHARED_BY=shared_by, KIND=KINDS[rows.dtype],
+            ROWS=tile.rows, COLUMNS=tile.columns, PIECE=piece, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return out
 
 
@@ -143,9 +186,9 @@ def _on_device(*lists: list[int], device: torch.device) -> tuple[Tensor, ...]:
     return numbers.to(device, non_blocking=True).split_with_sizes([len(part) for part in lists])
 
 
-def _agreeing(matrix: Tensor) -> Sequence[int]:
+def _agreeing(matrix: Tensor, few: int) -> Sequence[int]:
     def product(rows: Tensor, weight: Tensor) -> Tensor:
         ends, addresses = _on_device([0, len(rows)], addresses_of([weight.t()]), device=rows.device)
-        return multiply(rows, weight.t(), addresses, ends)
+        return multiply(rows, weight.t(), addresses, ends, few=few)
 
     return calibrate_product(product, matrix.t(), "experts").sizes

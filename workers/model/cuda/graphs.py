@@ -25,7 +25,8 @@ from workers.model.cuda.attention import SPLIT, CudaAttention, Layout
 log = structlog.get_logger(__name__)
 
 LARGEST = 128  # rows; larger steps keep the GPU busy for longer than they take to launch
-_Size = tuple[int, int, LocalExperts | None]  # padded rows, splits, who computes experts on the GPU, if it stays there
+# padded rows, splits, who computes experts on the GPU, if it stays there, and whether as for many rows of others
+_Size = tuple[int, int, LocalExperts | None, bool]
 MET = 3  # a size is recorded when it is met so often
 
 
@@ -163,7 +164,9 @@ class StepGraphs:
         if not self._able or plan.padded > LARGEST or plan.rows != len(plan.last):
             return self._step(plan)
         splits = -(-(max(plan.starts) + 1) // SPLIT)
-        size = plan.padded, 1 << (splits - 1).bit_length(), self._experts.on_device
+        experts = self._experts.on_device
+        many = experts is not None and experts.many
+        size = plan.padded, 1 << (splits - 1).bit_length(), experts, many
         known = self._recorded.get(size)
         if known is not None:
             return known.replay(plan, self._experts)

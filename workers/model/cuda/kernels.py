@@ -114,7 +114,7 @@ def merge(partial, sizes, out, splits, VALUE_WIDTH: tl.constexpr, VALUE_WIDE: tl
     tl.store(out + query * VALUE_WIDTH + wide, (mixed / total).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["least", "below"])
 def grouped_product(
     rows,
     order,
@@ -125,6 +125,9 @@ def grouped_product(
     width,
     inner_stride,
     width_stride,
+    least,
+    below,
+    EVEN: tl.constexpr,
     GATED: tl.constexpr,
     SHARED_BY: tl.constexpr,
     KIND: tl.constexpr,
@@ -137,13 +140,26 @@ def grouped_product(
     out [R, width]; group g is rows ends[g] to ends[g + 1]; matrices[g] is the address of its matrix [inner, width] with
     these strides, all of type KIND. rows [R, inner], or with SHARED_BY > 0 [R // SHARED_BY, inner]: then row i of the
     product is made of row order[i] // SHARED_BY. GATED: matrices are [inner, 2 * width], and out is silu(rows times the
-    first half) * (rows times the second), each rounded as if it were kept. Nothing is done for rows of no group.
+    first half) * (rows times the second), each rounded as if it were kept. Nothing is done for rows of no group, nor
+    for groups of fewer than `least` rows, or of `below` and more, which are for another launch with other tiles. EVEN:
+    all tiles of the matrices are full, so that they are read without masks.
     """
     group = tl.program_id(1)
     begin, end = tl.load(ends + group).to(tl.int32), tl.load(ends + group + 1).to(tl.int32)
-    address = tl.multiple_of(tl.load(matrices + group), 16)
-    matrix = address.to(tl.pointer_type(KIND))
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    if end - begin < least or end - begin >= below:
+        return
+    # What is said of the number is lost with the cast: said of the pointer, it is read 16 bytes at a time, and ahead.
+    matrix = tl.multiple_of(tl.load(matrices + group).to(tl.pointer_type(KIND)), 16)
+    lane = tl.arange(0, COLUMNS)
+    if GATED:  # columns of both halves by turns, so that it is one product all the same
+        column = tl.program_id(0) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+        read = tl.program_id(0) * (COLUMNS // 2) + lane // 2
+        there = read[None, :] < width
+        read += lane % 2 * width
+    else:
+        column = tl.program_id(0) * COLUMNS + lane
+        read = column
+        there = read[None, :] < width
     piece = tl.arange(0, PIECE)
     inside = column[None, :] < width
     for first in range(begin, end, ROWS):
@@ -151,22 +167,23 @@ def grouped_product(
         real = row[:, None] < end
         source = tl.load(order + row, mask=row < end, other=0) // SHARED_BY if SHARED_BY > 0 else row
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        second = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, inner, PIECE):
             at = start + piece
-            left = tl.load(rows + source[:, None] * inner + at[None, :], mask=real & (at[None, :] < inner), other=0.0)
-            known = inside & (at[:, None] < inner)
-            right = matrix + at[:, None] * inner_stride + column[None, :] * width_stride
-            total = tl.dot(left, tl.load(right, mask=known, other=0.0), total, input_precision="ieee")
-            if GATED:
-                right += width * width_stride
-                second = tl.dot(left, tl.load(right, mask=known, other=0.0), second, input_precision="ieee")
-        kind = out.dtype.element_ty
+            left = rows + source[:, None] * inner + at[None, :]
+            right = matrix + at[:, None] * inner_stride + read[None, :] * width_stride
+            if EVEN:
+                left = tl.load(left, mask=real, other=0.0)
+                right = tl.load(right)
+            else:
+                left = tl.load(left, mask=real & (at[None, :] < inner), other=0.0)
+                right = tl.load(right, mask=there & (at[:, None] < inner), other=0.0)
+            total = tl.dot(left, right, total, input_precision="ieee")
+        kept = total.to(out.dtype.element_ty)
         if GATED:
-            gate = total.to(kind).to(tl.float32)
-            gate = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-            total = gate * second.to(kind).to(tl.float32)
-        tl.store(out + row[:, None] * width + column[None, :], total.to(kind), mask=real & inside)
+            gate, up = tl.split(tl.reshape(kept.to(tl.float32), (ROWS, COLUMNS // 2, 2)))
+            gate = (gate / (1.0 + tl.exp(-gate))).to(kept.dtype).to(tl.float32)
+            kept = (gate * up).to(kept.dtype)
+        tl.store(out + row[:, None] * width + column[None, :], kept, mask=real & inside)
 
 
 NO_EXPERT = tl.constexpr(1 << 30)
@@ -256,7 +273,7 @@ def copy_blocks(numbers, memory, parts, WORDS: tl.constexpr):
     """
     part, number, count = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     begin, size = tl.load(parts + 2 * part), tl.load(parts + 2 * part + 1).to(tl.int32)
-    source = tl.multiple_of(tl.load(numbers + number), 16).to(tl.pointer_type(tl.int64))
+    source = tl.multiple_of(tl.load(numbers + number).to(tl.pointer_type(tl.int64)), 16)
     source += begin + tl.load(numbers + count + number) * size
     target = memory + begin + tl.load(numbers + 2 * count + number) * size
     word = tl.arange(0, WORDS)

@@ -12,8 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from workers.model.backend import Activation, HeldExperts
-from workers.model.cuda.expert_products import ExpertKernels, addresses_of
+from workers.model.backend import HeldExperts
+from workers.model.cuda.expert_products import ExpertKernels, Picked, addresses_of
 from workers.model.cuda.kernels import group_pairs, weighted_sum
 
 PAIRS = 1024  # of a token and one of its experts, looked at together
@@ -23,10 +23,12 @@ COLUMNS = 512  # of a sum per program
 class CudaLocalExperts:
     """Satisfies `LocalExperts`, with the kernel and the sum of the other way, so with the same bits."""
 
-    def __init__(self, held: HeldExperts, activation: Activation, shape: tuple[int, int], device: torch.device) -> None:
+    many = False  # how a call is computed depends on its own rows alone
+
+    def __init__(self, held: HeldExperts, kernels: ExpertKernels, shape: tuple[int, int], device: torch.device) -> None:
         """`shape`: MoE layers, experts."""
         self._held = held
-        self._kernels = ExpertKernels(activation)
+        self._kernels = kernels
         self._layers, self._experts = shape
         self._seen = -1  # the version of `held` that the tables are of
         self._complete = False
@@ -68,8 +70,9 @@ class CudaLocalExperts:
         group_pairs[(self._experts,)](
             ids, self._rows, pairs, places, ends, self._counts[layer], tokens * k, K=k, PAIRS=PAIRS
         )
+        few = self._kernels.few(tokens * k, self._experts)
         up, down = (self._up, self._up_at[layer]), (self._down, self._down_at[layer])
-        parts = self._kernels.run(hidden, up, down, ends, pairs, k)
+        parts = self._kernels.run(hidden, up, down, ends, Picked(pairs, k), few)
         total = torch.empty_like(hidden)
         weighted_sum[(tokens, triton.cdiv(width, COLUMNS))](
             parts, ids, weights, places, self._rows, total, width,

@@ -6,6 +6,7 @@ rank without rows of its own computes for the others (`serve`). An expert's plac
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,8 +18,8 @@ from torch import Tensor
 from membership.base.errors import CalledOff, ModelError
 from workers.exchange.cuda.calls import DeviceCalls, Failure
 from workers.exchange.cuda.window import WindowShape
-from workers.model.backend import Activation, HeldExperts
-from workers.model.cuda.expert_products import ExpertKernels, addresses_of
+from workers.model.backend import HeldExperts
+from workers.model.cuda.expert_products import MANY, ExpertKernels, addresses_of
 
 log = structlog.get_logger(__name__)
 
@@ -29,9 +30,11 @@ GIVEN_UP = Failure.ABORTED | Failure.TOO_LATE
 class SharedExperts:
     """Satisfies `LocalExperts`, with the kernel and the order of sums of the other ways, so with the same bits."""
 
-    def __init__(self, calls: DeviceCalls, shape: WindowShape, held: HeldExperts, activation: Activation, layers: int):
+    def __init__(
+        self, calls: DeviceCalls, shape: WindowShape, held: HeldExperts, kernels: ExpertKernels, layers: int
+    ) -> None:
         """ModelError if `held` has nothing yet. `layers`: MoE layers, as `calls` has them."""
-        self._calls, self._held, self._kernels = calls, held, ExpertKernels(activation)
+        self._calls, self._held, self._kernels = calls, held, kernels
         self._shape, self._layers = shape, layers
         keys = [(layer, expert) for layer in range(layers) for expert in range(shape.held)]
         some = next((held.weights(*key) for key in keys if held.holds(*key)), None)
@@ -42,13 +45,14 @@ class SharedExperts:
         device = some.gate_up.device
         self._up_at, self._down_at = torch.zeros(2, layers, shape.held, dtype=torch.int64, device=device)
         self._base = self._masked = 0
+        self._few = MANY
         self._nothing = (
             torch.zeros(1, shape.hidden, dtype=torch.bfloat16, device=device),
             torch.zeros(1, shape.top_k, dtype=torch.int64, device=device),
             torch.zeros(1, shape.top_k, dtype=torch.float32, device=device),
         )
-        self._served = 0
-        self._serving: torch.cuda.CUDAGraph | None = None
+        self._served = Counter[int]()
+        self._serving: dict[int, torch.cuda.CUDAGraph] = {}  # by how groups are computed, as is what was met
         self._able = True  # to record that
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
@@ -67,9 +71,17 @@ class SharedExperts:
             ):
                 table[layer].copy_(torch.tensor(addresses_of(matrices)))
 
-    def follow(self, base: int, masked: int) -> None:
-        """The next step's calls have numbers from `base` on; these slots are neither used nor waited for."""
+    @property
+    def many(self) -> bool:
+        """See `LocalExperts`."""
+        return self._few != MANY
+
+    def follow(self, base: int, masked: int, rows: int) -> None:
+        """The next step's calls have numbers from `base` on; these slots are neither used nor waited for. All ranks
+        have so many `rows` together.
+        """
         self._base, self._masked = base, masked
+        self._few = self._kernels.few(rows * self._shape.top_k, self._shape.held)
 
     def begin(self, rows: int) -> bool:
         """See `LocalExperts`."""
@@ -81,7 +93,7 @@ class SharedExperts:
 
         def products(packed: Tensor, ends: Tensor) -> Tensor:
             up, down = (self._some.gate_up, self._up_at[layer]), (self._some.down, self._down_at[layer])
-            return self._kernels.run(packed, up, down, ends)
+            return self._kernels.run(packed, up, down, ends, few=self._few)
 
         return self._calls.call(layer, hidden, ids, weights, products)
 
@@ -89,13 +101,14 @@ class SharedExperts:
     def serve(self) -> None:
         """A whole step without rows of this rank: what the others ask for. CalledOff."""
         self.begin(0)
-        self._served += 1
-        if self._able and self._serving is None and self._served >= MET:
+        self._served[self._few] += 1
+        if self._able and self._few not in self._serving and self._served[self._few] >= MET:
             self._record()
-        if self._serving is None:
+        serving = self._serving.get(self._few)
+        if serving is None:
             self._compute_nothing()
         else:
-            self._serving.replay()
+            serving.replay()
         self.check()
 
     def _compute_nothing(self) -> None:
@@ -113,8 +126,8 @@ class SharedExperts:
                     self._compute_nothing()
                 finally:
                     graph.capture_end()  # after an error, too: else the stream takes nothing but what it records
-            self._serving = graph
-            log.info("step_recorded", rows=0)
+            self._serving[self._few] = graph
+            log.info("step_recorded", rows=0, many=self.many)
         except Exception as error:  # noqa: BLE001 - whatever it was, steps go on as before
             self._able = False
             log.warning("serving_is_not_recorded", error=repr(error))

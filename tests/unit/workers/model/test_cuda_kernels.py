@@ -6,6 +6,7 @@ On a GPU `test_backend.py` asks the same of the compiled kernels on larger sizes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,9 +33,9 @@ from workers.protocol.messages import SeqChunk
 pytest.importorskip("triton")
 
 from workers.model.cuda import attention as cuda_attention
-from workers.model.cuda import local_experts
+from workers.model.cuda import expert_products, local_experts
 from workers.model.cuda.backend import CudaBackend
-from workers.model.cuda.expert_products import _on_device, addresses_of, multiply
+from workers.model.cuda.expert_products import FEW, MANY, WIDE, Picked, _on_device, addresses_of, multiply
 from workers.model.cuda.router import _choice
 
 pytestmark = [
@@ -155,8 +156,8 @@ def test_an_activation_within_the_product_gives_what_it_gives_after_it(dtype: to
     rows = torch.randn(21, 72, generator=generator).to(dtype)
     order = torch.randint(42, (25,), generator=generator, dtype=torch.int32)
     ends, addresses = _on_device([0, 17, 25], addresses_of(matrices), device=rows.device)
-    found = multiply(rows, matrices[0], addresses, ends, order, 2, gated=True)
-    gate, up = multiply(rows, matrices[0], addresses, ends, order, 2).chunk(2, dim=1)
+    found = multiply(rows, matrices[0], addresses, ends, Picked(order, 2), gated=True)
+    gate, up = multiply(rows, matrices[0], addresses, ends, Picked(order, 2)).chunk(2, dim=1)
     assert torch.allclose(found, functional.silu(gate) * up, 1e-6, 1e-6)
     if dtype == torch.float16:
         assert (found == functional.silu(gate) * up).double().mean() > 0.99
@@ -169,7 +170,40 @@ def test_another_activation_stays_as_it_is(backend: CudaBackend, gate: Activatio
     products = backend.expert_products(gate, Exactness.STOCK, Calibrations())
     found = products.compute([weights], [5], rows)
     assert torch.allclose(found, gate(rows @ weights.gate_up) @ weights.down, 1e-5, 1e-5)
-    assert products._kernels._gated == (gate is gated)
+    assert products.kernels._gated == (gate is gated)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_wide_tiles_compute_large_groups_alone_and_give_the_same_bits(gate: bool, ordered: bool) -> None:
+    """With whole numbers, whose sums are exact: on a GPU `calibrate` asks it of others, of which the interpreter tells
+    nothing. 150 columns and 35 rows fill neither kind of tile."""
+    generator = torch.Generator().manual_seed(5)
+    matrices = [torch.randint(-1, 2, (300, 72), generator=generator).half().t() for _ in range(4)]
+    rows = torch.randint(-1, 2, (70, 72), generator=generator).half()
+    order = torch.randint(140, (140,), generator=generator, dtype=torch.int32)
+    picked = Picked(order, 2) if ordered else None
+    ends, addresses = _on_device([0, 35, 35, 38, 70], addresses_of(matrices), device=rows.device)
+    narrow, wide = (multiply(rows, matrices[0], addresses, ends, picked, gated=gate, few=few) for few in (MANY, 32))
+    assert torch.equal(narrow[:70], wide[:70])
+    assert narrow[:70].abs().sum() > 1000
+    alone = multiply(rows, matrices[0], addresses, ends, picked, gated=gate, few=0)
+    assert torch.equal(alone[:70], wide[:70]), "small groups, too"
+
+
+def test_tiles_that_round_otherwise_are_not_used(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = FilledBank(backend, 1, 1, 24).weights(0, 0)
+
+    def used() -> bool:
+        products = backend.expert_products(gated, Exactness.INVARIANT, Calibrations())
+        assert products.kernels.few(1000, 2) == MANY, "not before it has been seen"
+        products.calibrate(weights)
+        return products.kernels.few(1000, 2) == FEW
+
+    assert used()
+    monkeypatch.setattr(expert_products, "WIDE", replace(WIDE, piece_bytes=64))  # sums 16 numbers at a time
+    assert not used()
+    assert backend.expert_products(gated, Exactness.STOCK, Calibrations()).kernels.few(1000, 2) == FEW
 
 
 def product(rows: Tensor, matrices: Sequence[Tensor], ends: list[int]) -> Tensor:
@@ -416,7 +450,7 @@ def test_experts_of_one_call_have_one_layout() -> None:
 def test_experts_are_checked_on_the_device_that_computes(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = ExpertWeights(torch.ones(4, 8), torch.ones(4, 4))
     products = backend.expert_products(torch.relu, Exactness.INVARIANT, Calibrations())
-    monkeypatch.setattr("workers.model.cuda.expert_products._agreeing", lambda matrix: (16,))
+    monkeypatch.setattr("workers.model.cuda.expert_products._agreeing", lambda matrix, few: (16,))
     with pytest.raises(ModelError, match="depends on its batch on this GPU"):
         products.calibrate(weights)
     backend.expert_products(torch.relu, Exactness.STOCK, Calibrations()).calibrate(weights)

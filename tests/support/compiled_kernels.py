@@ -1,0 +1,56 @@
+"""Compiles Triton kernels of experts' products for GPUs that need not be there; prints how they read memory, as JSON.
+
+A program of its own, as Triton's interpreter is chosen when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from workers.model.cuda.expert_products import NARROW, WIDE, Tile
+from workers.model.cuda.kernels import grouped_product
+
+NUMBERS = ["inner", "width", "inner_stride", "width_stride", "least", "below"]
+POINTERS = {"rows": "*bf16", "order": "*i32", "matrices": "*i64", "ends": "*i32", "out": "*bf16"}
+ALIGNED = [*POINTERS, "inner", "width", "width_stride"]  # as torch's memory is, and the sizes of all models
+
+
+def compiled(tile: Tile, architecture: int, *, gated: bool) -> str:
+    """The PTX for bf16 matrices whose columns lie one behind the other, as those of experts do."""
+    kernel: Any = grouped_product
+    constants = dict(
+        inner_stride=1, EVEN=True, GATED=gated, SHARED_BY=0, KIND=tl.bfloat16,
+        ROWS=tile.rows, COLUMNS=tile.columns, PIECE=tile.piece_bytes // 2,
+    )  # fmt: skip
+    names = kernel.arg_names
+    kinds = POINTERS | dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        fn=kernel,
+        signature={name: kinds[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED},
+    )
+    options = dict(num_warps=tile.warps, num_stages=tile.stages)
+    return str(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["ptx"])
+
+
+def main() -> None:
+    """One JSON object: per kernel how often it reads two bytes at a time, and how often ahead into shared memory."""
+    found = {}
+    for name, tile, architecture, gated in (
+        ("narrow, 8.0", NARROW, 80, True), ("narrow, 9.0", NARROW, 90, False), ("wide, 9.0", WIDE, 90, True),
+    ):  # fmt: skip
+        ptx = compiled(tile, architecture, gated=gated)
+        found[name] = [ptx.count("ld.global.b16"), ptx.count("cp.async.cg.shared.global")]
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
