@@ -1,8 +1,10 @@
 """One decode step of a rank that holds all experts, on a GPU, without a server: milliseconds, and where they go.
 
-    python -m benchmarks.gpu_step [--layers 8] [--streams 1,8,32] [--exactness invariant,stock] [--profile]
+    python -m benchmarks.gpu_step [--layers 8] [--streams 1,8,32] [--prompts 128,2048] [--exactness invariant,stock]
+                                  [--profile]
 
-Uses the checkpoint of `benchmarks.gpu`. `--profile` adds the longest operations of a step, on the host and on the GPU.
+`--prompts`: also steps with so many tokens of a prompt, after 2,048 others. Uses the checkpoint of `benchmarks.gpu`.
+`--profile` adds the longest operations of a step, on the host and on the GPU.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from pathlib import Path
 
 from benchmarks.gpu import say
 from benchmarks.gpu_checkpoint import make_checkpoint
-from benchmarks.serve import Step, ours
+from benchmarks.serve import Step, ours, prompt_step
 
 WARM, TIMED = 5, 30
+START = 2048
 
 
 def _timed(step: Step) -> float:
@@ -41,11 +44,21 @@ def _profile(step: Step) -> None:
         print(events.table(sort_by=order, row_limit=18, max_name_column_width=44), flush=True)
 
 
+def _report(step: Step, arguments: argparse.Namespace, **what: object) -> None:
+    for _ in range(WARM):
+        step()
+    ms = round(statistics.median([_timed(step) for _ in range(TIMED)]), 2)
+    say("step", **what, layers=arguments.layers, median_ms=ms)
+    if arguments.profile:
+        _profile(step)
+
+
 def main() -> None:
     """Print one JSON line per number of streams."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--streams", default="1,8,32")
+    parser.add_argument("--prompts", default="")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--exactness", default="invariant,stock")
@@ -55,16 +68,12 @@ def main() -> None:
         model = Path(made)
         make_checkpoint(model, arguments.layers)
         for exactness in arguments.exactness.split(","):
-            for streams in map(int, arguments.streams.split(",")):
+            for rows in map(int, filter(None, arguments.prompts.split(","))):
+                _report(prompt_step(str(model), exactness, rows, START, arguments.device), arguments, prompt=rows)
+            for streams in map(int, filter(None, arguments.streams.split(","))):
                 total = arguments.context + WARM + TIMED + 4
                 step = ours(str(model), "auto", exactness, streams, arguments.context, total, arguments.device)
-                for _ in range(WARM):
-                    step()
-                times = [_timed(step) for _ in range(TIMED)]
-                ms = round(statistics.median(times), 2)
-                say("step", exactness=exactness, streams=streams, layers=arguments.layers, median_ms=ms)
-                if arguments.profile:
-                    _profile(step)
+                _report(step, arguments, exactness=exactness, streams=streams)
 
 
 if __name__ == "__main__":

@@ -22,24 +22,44 @@ BLOCK = 16
 Step = Callable[[], object]
 
 
-def ours(path: str, dtype: str, exactness: str, streams: int, context: int, total: int, device: str = "cpu") -> Step:
-    """A decode step of our runner for `streams` sequences that have `context` tokens already."""
+def opened(path: str, dtype: str, exactness: str, blocks: int, total: int, device: str) -> Any:
+    """Our runner with all experts, and a cache of so many blocks."""
     from membership.base.enums import Exactness
     from tests.support.local_exchange import LocalExchange
     from workers.model.devices import open_backend
     from workers.model.expert_bank import LocalExpertBank
     from workers.model.load import load_model
     from workers.model.runner import ModelRunner
+
+    loaded = load_model(path, dtype, open_backend(device))
+    bank = LocalExpertBank()
+    runner = ModelRunner(loaded, bank, Exactness(exactness), kv_blocks=blocks, block_size=BLOCK, max_len=total)
+    bank.load_all([(layer, e) for layer in range(loaded.info.moe_layers) for e in range(loaded.info.experts)])
+    runner.attach(LocalExchange(bank))
+    return runner
+
+
+def prompt_step(path: str, exactness: str, rows: int, start: int, device: str) -> Step:
+    """A step of our runner with a piece of a prompt: `rows` tokens from `start` on, again and again."""
+    from workers.protocol.messages import SeqChunk
+
+    total = start + rows
+    blocks = -(-total // BLOCK)
+    runner = opened(path, "auto", exactness, blocks, total, device)
+    tokens = [prompt_token(0, i) for i in range(total)]
+
+    def step() -> object:
+        return runner.run([SeqChunk(0, start, tokens[start:], [*range(blocks)])])
+
+    return step
+
+
+def ours(path: str, dtype: str, exactness: str, streams: int, context: int, total: int, device: str = "cpu") -> Step:
+    """A decode step of our runner for `streams` sequences that have `context` tokens already."""
     from workers.protocol.messages import Sampling, SeqChunk
 
     per_seq = -(-total // BLOCK)
-    loaded = load_model(path, dtype, open_backend(device))
-    bank = LocalExpertBank()
-    runner = ModelRunner(
-        loaded, bank, Exactness(exactness), kv_blocks=streams * per_seq, block_size=BLOCK, max_len=total
-    )
-    bank.load_all([(layer, e) for layer in range(loaded.info.moe_layers) for e in range(loaded.info.experts)])
-    runner.attach(LocalExchange(bank))
+    runner = opened(path, dtype, exactness, streams * per_seq, total, device)
     blocks = [list(range(s * per_seq, (s + 1) * per_seq)) for s in range(streams)]
     last = [prompt_token(s, context - 1) for s in range(streams)]
     for s in range(streams):

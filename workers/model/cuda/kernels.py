@@ -114,6 +114,44 @@ def merge(partial, sizes, out, splits, VALUE_WIDTH: tl.constexpr, VALUE_WIDE: tl
     tl.store(out + query * VALUE_WIDTH + wide, (mixed / total).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _tile_product(
+    rows,
+    real,
+    columns,
+    there,
+    inner,
+    inner_stride,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Rows that begin at `rows` [ROWS, 1] times columns that begin at `columns` [1, COLUMNS], in pieces of PIECE."""
+    piece = tl.arange(0, PIECE)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, inner, PIECE):
+        at = start + piece
+        left = rows + at[None, :]
+        right = columns + at[:, None] * inner_stride
+        if EVEN:
+            left = tl.load(left, mask=real, other=0.0)
+            right = tl.load(right)
+        else:
+            left = tl.load(left, mask=real & (at[None, :] < inner), other=0.0)
+            right = tl.load(right, mask=there & (at[:, None] < inner), other=0.0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _silu_gate(both, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """silu of the even columns times the odd ones; what is rounded when both are kept, is rounded here."""
+    gate, up = tl.split(tl.reshape(both.to(tl.float32), (ROWS, COLUMNS // 2, 2)))
+    gate = (gate / (1.0 + tl.exp(-gate))).to(both.dtype).to(tl.float32)
+    return (gate * up).to(both.dtype)
+
+
 @triton.jit(do_not_specialize=["least", "below"])
 def grouped_product(
     rows,
@@ -160,29 +198,18 @@ def grouped_product(
         column = tl.program_id(0) * COLUMNS + lane
         read = column
         there = read[None, :] < width
-    piece = tl.arange(0, PIECE)
     inside = column[None, :] < width
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
         real = row[:, None] < end
         source = tl.load(order + row, mask=row < end, other=0) // SHARED_BY if SHARED_BY > 0 else row
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for start in range(0, inner, PIECE):
-            at = start + piece
-            left = rows + source[:, None] * inner + at[None, :]
-            right = matrix + at[:, None] * inner_stride + read[None, :] * width_stride
-            if EVEN:
-                left = tl.load(left, mask=real, other=0.0)
-                right = tl.load(right)
-            else:
-                left = tl.load(left, mask=real & (at[None, :] < inner), other=0.0)
-                right = tl.load(right, mask=there & (at[:, None] < inner), other=0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")
+        total = _tile_product(
+            rows + source[:, None] * inner, real, matrix + read[None, :] * width_stride, there, inner, inner_stride,
+            EVEN, ROWS, COLUMNS, PIECE,
+        )  # fmt: skip
         kept = total.to(out.dtype.element_ty)
         if GATED:
-            gate, up = tl.split(tl.reshape(kept.to(tl.float32), (ROWS, COLUMNS // 2, 2)))
-            gate = (gate / (1.0 + tl.exp(-gate))).to(kept.dtype).to(tl.float32)
-            kept = (gate * up).to(kept.dtype)
+            kept = _silu_gate(kept, ROWS, COLUMNS)
         tl.store(out + row[:, None] * width + column[None, :], kept, mask=real & inside)
 
 

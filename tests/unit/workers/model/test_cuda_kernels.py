@@ -23,6 +23,7 @@ from membership.base.enums import Exactness
 from membership.base.errors import ConfigError, ModelError
 from tests.support.filled_bank import INNER, FilledBank, gated
 from tests.support.local_exchange import LocalExchange
+from workers.model import row_tiles
 from workers.model.attention_plan import plan_step
 from workers.model.backend import Activation, AttentionSpec
 from workers.model.calibrations import Calibrations
@@ -193,6 +194,8 @@ def test_wide_tiles_compute_large_groups_alone_and_give_the_same_bits(gate: bool
 
 def test_tiles_that_round_otherwise_are_not_used(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = FilledBank(backend, 1, 1, 24).weights(0, 0)
+    for module in (expert_products, row_tiles):  # few sizes: the interpreter is slow
+        monkeypatch.setattr(module, "CANDIDATES", (16, 128))
 
     def used() -> bool:
         products = backend.expert_products(gated, Exactness.INVARIANT, Calibrations())
