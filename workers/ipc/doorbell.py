@@ -24,8 +24,8 @@ SPIN_IF_WITHIN = 25
 """Spin only if the last wait began at most this number of spins (1 ms) ago: a rare wait would spin for nothing."""
 FAR_SPIN, VAIN = 3, 8
 """A thread that reads sockets spins so many times as long: to be woken for what another host sends costs a processor
-half of that, and if both sides sleep, each comes too late for the other's spin. But after VAIN waits in a row that
-took twice as long as it would have spun it does not, until one was shorter.
+half of that, and if both sides sleep, each comes too late for the other's spin. But after VAIN waits in a row for
+which it was too short it does not, until it would have been long enough.
 """
 SLICE_NS = 500_000_000
 """Longest single sleep, so that signal handlers of Python run soon even if the signal came just before the sleep."""
@@ -130,7 +130,8 @@ class Doorbell(Bell):
                 now = _now_ns()
             return False
         finally:
-            self._long = self._long + 1 if _now_ns() - self._began_ns > 2 * spin_ns else 0
+            late = _now_ns() - self._began_ns > spin_ns + self._spin_ns  # it takes time to wake up, too
+            self._long = self._long + 1 if late else 0
             self._waiting = False
 
     def _spin(self, ready: Callable[[], object], now: int, until: int) -> bool:
