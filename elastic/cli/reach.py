@@ -52,6 +52,10 @@ def listeners(state: ClusterState, here: str) -> Iterator[Listener]:
             for what, endpoint in (("the engine, for gateways", engine.remote), ("the engine's steps", steps.remote))
             if endpoint
         )
+    for agent in state.agents.values():
+        if agent.host not in ("", here):
+            ports = (("weights", agent.weights_at), ("notices of deaths", _queue(agent.notices).remote))
+            yield from (Listener(agent.node, f"the agent's {what}", endpoint) for what, endpoint in ports if endpoint)
     for record in state.ranks.values():
         for what, host, endpoint in _of_rank(record):
             if host != here and endpoint:

@@ -12,7 +12,7 @@ from elastic.cli.hosts import examine_hosts
 from elastic.cli.reach import Listener, Reached, by_node, listeners, reach
 from elastic.serve.options import StoreOptions
 from membership.base.rank_id import RankId
-from membership.store.records import ClusterState, EngineRecord
+from membership.store.records import AgentRecord, ClusterState, EngineRecord
 from tests.support.cluster_states import healthy, record
 from workers.protocol.exchange_handle import AutoHandle, TcpHandle
 from workers.queue.handle import Handle
@@ -33,13 +33,21 @@ def on_host_b(host: str = THERE) -> ClusterState:
         node="b", pid=1, address="ipc:///x", mask_handle=b"", host=host, remote="tcp://10.0.0.2:0",
         broadcast_handle=Handle("q", "msgpack", host, "/x", "tcp://10.0.0.2:1").encode(),
     )  # fmt: skip
-    return healthy(engine=engine, ranks={RankId(0, 1): record(0), RankId(1, 2): rank})
+    agent = AgentRecord(
+        node="b", pid=4, started=1.0, host=host, weights_at="tcp://10.0.0.2:4",
+        notices=Handle("q", "msgpack", host, "/x", "tcp://10.0.0.2:5").encode(),
+    )  # fmt: skip
+    return healthy(
+        engine=engine, agents={**healthy().agents, "b": agent}, ranks={RankId(0, 1): record(0), RankId(1, 2): rank}
+    )
 
 
 def test_all_that_other_hosts_listen_with_is_tried() -> None:
     assert list(listeners(on_host_b(), HERE)) == [
         Listener("b", "the engine, for gateways", "tcp://10.0.0.2:0"),
         Listener("b", "the engine's steps", "tcp://10.0.0.2:1"),
+        Listener("b", "the agent's weights", "tcp://10.0.0.2:4"),
+        Listener("b", "the agent's notices of deaths", "tcp://10.0.0.2:5"),
         Listener("b", "rank 1's answers", "tcp://10.0.0.2:2"),
         Listener("b", "rank 1's rows", "tcp://10.0.0.2:3"),
     ]
