@@ -11,13 +11,23 @@ from prometheus_client.parser import text_string_to_metric_families
 from elastic.gateway.key_ring import KeyRing
 from elastic.gateway.metrics import GatewayMetrics
 from membership.base.events import EventLog
-from membership.store.records import ClusterState, EngineStatus, ExpertLoad, HostLink, Operation, Phase, RankExit
+from membership.store.records import (
+    ClusterState,
+    EngineStatus,
+    ExpertLoad,
+    GpuUse,
+    HostLink,
+    Operation,
+    Phase,
+    RankExit,
+)
 from tests.support.cluster_states import healthy
 from tests.support.promql import Labels
 
 EVERY_S = 60.0
 SCRAPED = {"namespace": "default", "job": "demo", "pod": "demo-gateway-1", "instance": "10.0.0.7:8000"}  # by Prometheus
 UP = HostLink(links=4, up=4, rtt_s=0.001, sent_bytes=1)
+GPU = GpuUse(index=0, uuid="GPU-0", free=60 << 30, total=139 << 30, graphs=4, exchange="cuda")
 
 
 class Link:
@@ -92,7 +102,7 @@ class Recorder:
 
 
 def busy() -> ClusterState:
-    """Two hosts with links, requests, loads, deaths long ago, and a scale that is done."""
+    """Two hosts with links and GPUs, requests, loads, deaths long ago, and a scale that is done."""
     state = healthy()
     assert state.config is not None
     status = EngineStatus(
@@ -103,7 +113,10 @@ def busy() -> ClusterState:
         state,
         config=replace(state.config, prefix_cache=True),
         engine_status=status,
-        heartbeats={node: replace(beats, links={"m": UP}) for node, beats in state.heartbeats.items()},
+        heartbeats={
+            node: replace(beats, links={"m": UP}, gpus=dict.fromkeys(beats.beats, GPU))
+            for node, beats in state.heartbeats.items()
+        },
         expert_load=ExpertLoad(at=0.0, loads=((16, 16, 16, 16), (16, 16, 16, 16))),
         operations={"op": done},
         exits={3: RankExit(rank=3, incarnation=1, reason="killed", at=1.0, restarts=2)},
