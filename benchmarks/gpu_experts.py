@@ -24,7 +24,7 @@ TURNS = 7
 
 def tiles() -> dict[str, tuple[Any, int]]:
     """Names of (tile, from how many rows on it is used as the wide one; `MANY`: as the narrow one)."""
-    from workers.model.cuda.expert_products import FEW, MANY, NARROW, WIDE
+    from workers.model.cuda.expert_products import FEW, HIGH, MANY, NARROW, WIDE
 
     narrow = {
         "narrow": NARROW,
@@ -37,8 +37,10 @@ def tiles() -> dict[str, tuple[Any, int]]:
     wide = {
         "wide": WIDE,
         "wide, 4 stages": replace(WIDE, stages=4),
-        "128 rows, 8 warps": replace(WIDE, rows=128, warps=8),
-        "128 rows, 4 warps": replace(WIDE, rows=128, warps=4),
+        "128 rows, 8 warps": HIGH,
+        "128 rows, 8 warps, 4 stages": replace(HIGH, stages=4),
+        "256 columns, 8 warps": replace(HIGH, columns=256),
+        "128 rows, 4 warps": replace(HIGH, warps=4),
         "64 columns wide": replace(WIDE, columns=64),
     }
     return {name: (tile, MANY) for name, tile in narrow.items()} | {name: (tile, FEW) for name, tile in wide.items()}
@@ -128,9 +130,9 @@ def main() -> None:
             wide = few != expert_products.MANY
             if wide != (rows >= 256) and name != "narrow":
                 continue
-            before = expert_products.NARROW, expert_products.WIDE
+            before = expert_products.NARROW, expert_products.WIDE, expert_products.HIGH
             if wide:
-                expert_products.WIDE = tile
+                expert_products.WIDE = expert_products.HIGH = tile
             else:
                 expert_products.NARROW = tile
             try:
@@ -138,7 +140,7 @@ def main() -> None:
             except Exception as error:  # noqa: BLE001 - e.g. more shared memory than there is: the others are told
                 found[name] = repr(error)[:80]
             finally:
-                expert_products.NARROW, expert_products.WIDE = before
+                expert_products.NARROW, expert_products.WIDE, expert_products.HIGH = before
         same = sorted(name for name, out in outs.items() if torch.equal(out, outs["narrow"]))
         us = {name: each if isinstance(each, str) else round(each, 1) for name, each in found.items()}
         floor = round(used * bytes_of_expert / rate, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
@@ -27,7 +27,8 @@ from workers.model.row_tiles import CANDIDATES, REFERENCE, calibrate_product
 log = structlog.get_logger(__name__)
 
 KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-FEW = 32  # rows; larger groups are computed in wide tiles
+FEW = 32  # rows; groups of so many are computed in wide tiles
+MORE = 65  # rows; groups of so many in high ones
 MANY = 1 << 30  # rows that no group has
 TRIED = 4  # rows in the look at an activation
 TOLERANCE = 1e-5  # of fp32
@@ -45,7 +46,9 @@ class Tile:
 
 
 NARROW = Tile(16, 32, 256, 2, 4)  # measured on an H200: 0.72 of the time of 64 columns, 4 warps and 3 stages
-WIDE = Tile(64, 128, 128, 4, 3)  # each number is read by a quarter of the programs; not measured
+# On an H200, us a layer of 64 experts with 2,048 and 4,096 rows of top-8: 1,062 and 2,096, 390 and 708, 277 and 477.
+WIDE = Tile(64, 128, 128, 4, 3)  # each number is read by a quarter of the programs
+HIGH = replace(WIDE, rows=128, warps=8)
 
 
 class Picked(NamedTuple):
@@ -61,7 +64,7 @@ class ExpertKernels:
     """
 
     def __init__(self, activation: Activation, *, wide: bool) -> None:
-        """`wide`: whether wide tiles may be used, where it is not to be seen first that they give the same bits."""
+        """`wide`: whether larger tiles may be used, where it is not to be seen first that they give the same bits."""
         self.wide = wide
         self._activation = activation
         self._gated: bool | None = None  # whether it is silu times the other half, which is done within the product
@@ -109,7 +112,7 @@ class CudaExpertProducts:
 
     def calibrate(self, weights: ExpertWeights) -> None:
         """Check, with the first expert, that a row's bits are the same in groups of all sizes. ModelError if not; if it
-        is for wide tiles alone, they are not used.
+        is for wide and high tiles alone, they are not used.
         """
         with self._checking:
             if not self._unchecked:
@@ -153,14 +156,15 @@ def multiply(
     """rows [R, K], addresses [groups] of matrices [K, N] laid out as `matrix`, ends [groups + 1] -> [R, N].
 
     With `picked` of R rows: rows [R // shared_by, K]. `gated`: [R, N / 2], silu of the product's first half times the
-    second. `few`: groups of as many rows are computed in wide tiles.
+    second. `few`: groups of as many rows are computed in wide tiles, those of MORE in high ones.
     """
     inner, read = matrix.shape
     width = read // 2 if gated else read
     order, shared_by = picked or Picked(ends, 0)
     out = rows.new_empty(len(order) if picked else len(rows), width)
     rows = rows.contiguous()
-    for tile, least, below in ((NARROW, 0, few), (WIDE, few, MANY)):
+    more = max(few, MORE) if few < MANY else MANY
+    for tile, least, below in ((NARROW, 0, few), (WIDE, few, more), (HIGH, more, MANY)):
         if least >= below:
             continue
         piece = tile.piece_bytes // rows.element_size()

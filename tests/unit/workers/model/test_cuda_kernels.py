@@ -36,7 +36,7 @@ pytest.importorskip("triton")
 from workers.model.cuda import attention as cuda_attention
 from workers.model.cuda import expert_products, local_experts
 from workers.model.cuda.backend import CudaBackend
-from workers.model.cuda.expert_products import FEW, MANY, WIDE, Picked, _on_device, addresses_of, multiply
+from workers.model.cuda.expert_products import FEW, MANY, Picked, _on_device, addresses_of, multiply
 from workers.model.cuda.router import _choice
 
 pytestmark = [
@@ -178,24 +178,27 @@ def test_another_activation_stays_as_it_is(backend: CudaBackend, gate: Activatio
 @pytest.mark.parametrize("ordered", [True, False])
 def test_wide_tiles_compute_large_groups_alone_and_give_the_same_bits(gate: bool, ordered: bool) -> None:
     """With whole numbers, whose sums are exact: on a GPU `calibrate` asks it of others, of which the interpreter tells
-    nothing. 150 columns and 35 rows fill neither kind of tile."""
+    nothing. 150 columns, 35 and 70 rows fill no kind of tile."""
     generator = torch.Generator().manual_seed(5)
     matrices = [torch.randint(-1, 2, (300, 72), generator=generator).half().t() for _ in range(4)]
-    rows = torch.randint(-1, 2, (70, 72), generator=generator).half()
-    order = torch.randint(140, (140,), generator=generator, dtype=torch.int32)
+    rows = torch.randint(-1, 2, (140, 72), generator=generator).half()
+    order = torch.randint(280, (280,), generator=generator, dtype=torch.int32)
     picked = Picked(order, 2) if ordered else None
-    ends, addresses = _on_device([0, 35, 35, 38, 70], addresses_of(matrices), device=rows.device)
+    ends, addresses = _on_device([0, 35, 35, 38, 108], addresses_of(matrices), device=rows.device)
     narrow, wide = (multiply(rows, matrices[0], addresses, ends, picked, gated=gate, few=few) for few in (MANY, 32))
-    assert torch.equal(narrow[:70], wide[:70])
-    assert narrow[:70].abs().sum() > 1000
+    assert torch.equal(narrow[:108], wide[:108])
+    assert narrow[:108].abs().sum() > 1000
     alone = multiply(rows, matrices[0], addresses, ends, picked, gated=gate, few=0)
-    assert torch.equal(alone[:70], wide[:70]), "small groups, too"
+    assert torch.equal(alone[:108], wide[:108]), "small groups, too"
 
 
-def test_tiles_that_round_otherwise_are_not_used(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["WIDE", "HIGH"])
+def test_tiles_that_round_otherwise_are_not_used(
+    backend: CudaBackend, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = FilledBank(backend, 1, 1, 24).weights(0, 0)
     for module in (expert_products, row_tiles):  # few sizes: the interpreter is slow
-        monkeypatch.setattr(module, "CANDIDATES", (16, 128))
+        monkeypatch.setattr(module, "CANDIDATES", (16, 64, 128))
 
     def used() -> bool:
         products = backend.expert_products(gated, Exactness.INVARIANT, Calibrations())
@@ -204,7 +207,8 @@ def test_tiles_that_round_otherwise_are_not_used(backend: CudaBackend, monkeypat
         return products.kernels.few(1000, 2) == FEW
 
     assert used()
-    monkeypatch.setattr(expert_products, "WIDE", replace(WIDE, piece_bytes=64))  # sums 16 numbers at a time
+    tile = getattr(expert_products, kind)
+    monkeypatch.setattr(expert_products, kind, replace(tile, piece_bytes=64))  # sums 16 numbers at a time
     assert not used()
     assert backend.expert_products(gated, Exactness.STOCK, Calibrations()).kernels.few(1000, 2) == FEW
 
