@@ -4,9 +4,9 @@ computed again. Pure.
 The pool is its agent's and outlives it. A request that lost its home is given another one as ever. If that is on the
 same host, its new rank copies the blocks that it lacks, piece after piece, and the request waits for them. It begins at
 once, beside the step that was under way at the death. The next step waits, too, so that the request is in it, but no
-longer than a step takes: others go on between two such waits. Only confirmed tokens are read, and only from a rank
-whose end is certain. What fails beside the step is asked for once more after it. Whatever fails else: the request is
-computed from where it got to.
+longer than that step would take, which is what missing it costs: others go on between two such waits. Only confirmed
+tokens are read, and only from a rank whose end is certain. What fails beside the step is asked for once more after it.
+Whatever fails else: the request is computed from where it got to.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Salvage:
         return any(read.sequence is sequence for read in self._reads)
 
     def wait_s(self, now: float, step_s: float) -> float:
-        """How long the next step waits for answers to reads at most; steps take `step_s`."""
+        """How long the next step waits for answers to reads at most; it would take `step_s`."""
         if not any(read.order for read in self._reads):
             return 0.0
         if self._waiting_since is None:

@@ -18,6 +18,7 @@ from elastic.engine.reserve import Reserve
 from elastic.engine.salvage import Salvage
 from elastic.engine.sequence import Home, Sequence, refusal
 from elastic.engine.step_budget import StepBudget, Work, shares
+from elastic.engine.step_time import StepTime
 from elastic.engine.turns import OUTPUT_COST
 from elastic.engine.waiting import Shed, WaitingRoom
 from elastic.protocol import EndToken, Rejected, Submit, Tokens
@@ -112,7 +113,7 @@ class Scheduler:
         self._serving: set[int] = set()  # ranks without chunks that owe an answer, too
         self._under_way: tuple[Work, float] | None = None  # the step in flight, if its time will mean something
         self._begun: Work | None = None  # the last step, until it is known that it took too long
-        self._began, self._step_s = now, 0.0  # when the last step began; how long the last answered one took
+        self._step_time = StepTime()
         self._arrivals = 0
         self._contents = Contents(config, "")
         self._holding: dict[RankId, Known] = {}  # of ranks that are not used yet
@@ -170,6 +171,7 @@ class Scheduler:
         gone = set(ranks) & set(self.view.ranks if self.view else ())
         self.masked |= gone
         moved = self._evict((home for home in self._homes.values() if home.rank in gone), ended=ended)
+        self._step_time.left(now, len(self._homes))
         self._review_coverage(now)
         return moved
 
@@ -210,7 +212,7 @@ class Scheduler:
 
     def copies_wait_s(self, now: float) -> float:
         """How long the next step waits at most for what a dead rank has left, so that its requests are in it."""
-        return self._salvage.wait_s(now, self._step_s)
+        return self._salvage.wait_s(now, self._step_time.expected_s(len(self._homes)))
 
     def copied(self, answer: BlocksCopied, now: float) -> list[CopyBlocks]:
         """Handle a copy's answer; return the next copies to send."""
@@ -396,8 +398,9 @@ class Scheduler:
                 ranks[home.rank] = [chunk for _, chunk in home.in_flight]
         if not ranks:
             return None
-        self._begun, self._began = self._work(), now
+        self._begun = self._work()
         self._under_way = self._begun, now
+        self._step_time.begin(now, len(self._homes))
         self._salvage.stepped()
         self.step += 1
         self.attempt = max(self._homes[rank].setbacks for rank in ranks)
@@ -510,7 +513,7 @@ class Scheduler:
         in_flight, home.in_flight = home.in_flight, []
         self._serving.discard(home.rank)
         self._learn(result, now)
-        self._step_s = now - self._began
+        self._step_time.answered(now)
         for each in self._homes.values():
             if each.node == home.node:
                 each.fills_host = result.fills_host and self.config.homes is Homes.TOGETHER

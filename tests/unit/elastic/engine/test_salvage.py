@@ -96,7 +96,7 @@ def test_only_the_token_under_way_is_computed_again(more: int) -> None:
 
 
 def test_a_request_that_lost_its_home_is_in_the_next_step() -> None:
-    """That waits for as long as the last one took, not for one that was given up on the way."""
+    """That waits for as long as it will take: one rank does what two did for two seconds, and itself for one more."""
     scene = Scene(4)
     waiting = [sequence.seq for sequence in scene.scheduler._homes[1].running]
     batch = scene.scheduler.schedule(10.0)
@@ -108,11 +108,25 @@ def test_a_request_that_lost_its_home_is_in_the_next_step() -> None:
     orders = scene.scheduler.copies(13.0)
     assert len(orders) == 2
     while orders:
-        assert scene.scheduler.copies_wait_s(13.0) == 3.0
+        assert scene.scheduler.copies_wait_s(13.0) == 5.0
         orders = [more for order in orders for more in scene.scheduler.copied(scene.ranks.copy(order, 1), 13.0)]
     assert scene.scheduler.copies_wait_s(13.0) == 0.0
     assert scene.computed(scene.step(13.0)).keys() >= set(waiting)
     scene.finish()
+
+
+@pytest.mark.parametrize(("ranks", "longest_s"), [(2, 2.0), (3, 1.5), (5, 1.25)])
+def test_a_step_waits_for_reads_as_long_as_missing_it_costs(ranks: int, longest_s: float) -> None:
+    """That is the time of the next step, which has a rank less. The last one had all, as the death came at its end."""
+    scene = Scene(2 * ranks, ranks, "n" * ranks)
+    batch = scene.scheduler.schedule(10.0)
+    assert batch is not None
+    for result in scene.ranks.run(batch, scene.members):
+        scene.client.take(scene.scheduler.apply(result, 11.0))
+    scene.scheduler.lose_ranks([1], 11.0, ended=True)
+    assert scene.scheduler.copies(11.0)
+    assert scene.scheduler.copies_wait_s(11.0) == pytest.approx(longest_s)
+    assert scene.scheduler.copies_wait_s(11.5) == pytest.approx(longest_s - 0.5)
 
 
 def test_what_a_dead_rank_left_is_read_beside_the_step_under_way() -> None:
