@@ -148,7 +148,7 @@ class Migration:
                 home
                 for home in homes.values()
                 if self._reaches(source, home)
-                and home.rank not in sequence.failed_on
+                and home.rank_id not in sequence.failed_on
                 and not self.arriving(home)
                 and len(home.running) < self._config.max_seqs
                 and home.pool.cost(blocks, shared[home.rank]) + len(home.running) <= home.pool.free

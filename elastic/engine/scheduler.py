@@ -16,7 +16,7 @@ from elastic.engine.migration import Migration, Moved
 from elastic.engine.prefix import Contents, crowding
 from elastic.engine.reserve import Reserve
 from elastic.engine.salvage import Salvage
-from elastic.engine.sequence import Home, Sequence, refusal
+from elastic.engine.sequence import Home, Sequence, is_complete, refusal
 from elastic.engine.step_budget import StepBudget, Work, shares
 from elastic.engine.step_time import StepTime
 from elastic.engine.turns import OUTPUT_COST
@@ -29,7 +29,6 @@ from membership.base.timing import RETRY_AFTER_S
 from membership.store.records import ClusterConfig, View
 from workers.protocol import step_fence
 from workers.protocol.messages import (
-    NO_TOKEN,
     BlocksCopied,
     CopyBlocks,
     Known,
@@ -43,7 +42,7 @@ from workers.protocol.messages import (
 Output = Tokens | Rejected
 
 MAX_FAILURES = 3  # FAILED answers in a row, while running alone on its rank, before a rank gives a request up
-MAX_FAILED_RANKS = 2  # ranks that may try: the first one may itself be at fault
+MAX_FAILED_RANKS = 2  # processes that may try, or end over it: the first one may itself be at fault
 _BACKOFF_S, _BACKOFF_MAX_S = 0.001, 0.1
 
 
@@ -71,13 +70,6 @@ def _to_the_end(home: Home, sequence: Sequence) -> bool:
     size = home.pool.block_size
     all_of_them = (len(each.request.prompt) + each.request.max_tokens for each in (*home.running, sequence))
     return sum(blocks_for(tokens, size) for tokens in all_of_them) <= home.pool.size
-
-
-def is_complete(chunk: SeqChunk, answer: SampledToken | None) -> bool:
-    """Whether the answer has what the chunk asked for."""
-    token, scores = (NO_TOKEN, 0) if answer is None else (answer.token, len(answer.scores))
-    sampled = chunk.sample is None or token != NO_TOKEN
-    return sampled and (chunk.score is None or scores == len(chunk.score.targets))
 
 
 def _prefilling(sequence: Sequence) -> bool:
@@ -108,6 +100,7 @@ class Scheduler:
         self._salvage = Salvage(config, engine_token, copies)
         self._sequences: dict[str, Sequence] = {}  # by request id
         self._waiting = WaitingRoom(config)
+        self._given_up: list[Output] = []  # since the last `expire`
         self._reserve = Reserve(config)
         self._budget = StepBudget(config.step_budget_s, config.max_batched_tokens)
         self._serving: set[int] = set()  # ranks without chunks that owe an answer, too
@@ -179,6 +172,10 @@ class Scheduler:
         moved = []
         for home in list(homes):
             del self._homes[home.rank]
+            if (suspect := home.suspect) is not None:
+                suspect.failed_on.add(home.rank_id)
+                if len(suspect.failed_on) >= MAX_FAILED_RANKS:
+                    self._given_up.append(self._reject(suspect, 500, "ranks failed on this request alone and ended"))
             for sequence in home.running.copy():
                 if ended:
                     self._salvage.lose(home, sequence)
@@ -317,11 +314,13 @@ class Scheduler:
     def abort(self, request_id: str) -> None:
         """Forget a request, if it is known. Its chunk in flight has no effect any more."""
         sequence = self._sequences.get(request_id)
+        self._given_up = [each for each in self._given_up if each.request_id != request_id]
         if sequence is not None:
             self._forget(sequence)
 
     def expire(self, now: float, relief_at: float = -math.inf) -> list[Output]:
-        """Reject what has waited for too long: for a place, or for lost experts since they were last on their way."""
+        """Reject what has ended ranks, or has waited for too long: for a place, or for lost experts since they were
+        last on their way."""
         expired = []
         for sequence in self._sequences.values():
             since = now if sequence.stalled_since is None else max(sequence.stalled_since, self._covered_since)
@@ -330,7 +329,8 @@ class Scheduler:
             if now - since >= self.config.coverage_deadline_s:
                 expired.append(sequence)
         message = f"experts were not available for {self.config.coverage_deadline_s:g} s"
-        rejected: list[Output] = [self._reject(sequence, 503, message, RETRY_AFTER_S) for sequence in expired]
+        rejected, self._given_up = self._given_up, list[Output]()
+        rejected += [self._reject(sequence, 503, message, RETRY_AFTER_S) for sequence in expired]
         for sequence in [] if self.held else self._waiting.late(now, self._covered_since):
             self._forget(sequence)
             rejected.append(self._shed(sequence.request.request_id, Shed.WAIT, now))
@@ -440,7 +440,7 @@ class Scheduler:
         homes = [home for home in every if home.rank not in self._migration.leaving] or every
         fitting = [
             home
-            for home in [home for home in homes if home.rank not in sequence.failed_on] or homes
+            for home in [home for home in homes if home.rank_id not in sequence.failed_on] or homes
             if (not reading or self._salvage.promised(sequence, home))
             and self._reserve.fits(
                 home, home.pool.cost(blocks, shared[home.rank]), self._migration.arriving(home), guest=guest
@@ -589,8 +589,9 @@ class Scheduler:
             home = sequence.home
             if home is None or sequence.failures <= MAX_FAILURES:
                 continue
-            sequence.failed_on.add(home.rank)
-            if len(sequence.failed_on) < MAX_FAILED_RANKS and self._homes.keys() - sequence.failed_on:
+            sequence.failed_on.add(home.rank_id)
+            others = {each.rank_id for each in self._homes.values()} - sequence.failed_on
+            if len(sequence.failed_on) < MAX_FAILED_RANKS and others:
                 self._requeue(sequence)
             else:
                 rejected.append(self._reject(sequence, 500, f"the model failed on this request: {last}"))

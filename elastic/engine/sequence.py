@@ -10,7 +10,7 @@ from elastic.engine.kv_blocks import BlockPool, blocks_for
 from elastic.protocol import Rejected, Submit
 from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig
-from workers.protocol.messages import History, Score, SeqChunk, TokenLogprobs
+from workers.protocol.messages import NO_TOKEN, History, SampledToken, Score, SeqChunk, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +31,13 @@ class Home:
     def rank_id(self) -> RankId:
         """The process."""
         return RankId(self.rank, self.incarnation)
+
+    @property
+    def suspect(self) -> Sequence | None:
+        """What it computes alone since a step failed with it, if that is in flight: should the process end now, it may
+        well be for this."""
+        alone = self.in_flight[0][0] if len(self.in_flight) == 1 else None
+        return alone if alone is not None and alone.failures and alone.home is self else None
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Sequence:
     queued_s: float = 0.0  # how long it waited for its first home
     left: Left | None = None  # where it can still be read
     failures: int = 0  # consecutive FAILED answers on this home
-    failed_on: set[int] = field(default_factory=set)  # ranks that failed on it to the end
+    failed_on: set[RankId] = field(default_factory=set)  # processes that failed on it to the end, perhaps their own
     guest: bool = False  # it has a reserved place
     taken: bool = False  # it has had a place here, or an engine before may have had it: it is not refused
     stalled_since: float | None = None  # since when its rank answers something other than OK
@@ -153,6 +160,13 @@ class Sequence:
 def by_age(sequence: Sequence) -> int:
     """Sorts the oldest first."""
     return sequence.seq
+
+
+def is_complete(chunk: SeqChunk, answer: SampledToken | None) -> bool:
+    """Whether the answer has what the chunk asked for."""
+    token, scores = (NO_TOKEN, 0) if answer is None else (answer.token, len(answer.scores))
+    sampled = chunk.sample is None or token != NO_TOKEN
+    return sampled and (chunk.score is None or scores == len(chunk.score.targets))
 
 
 def refusal(request: Submit, config: ClusterConfig, token: int) -> Rejected | None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from chaos.simulation.kv_model import KvModel, oracle, reply
-from elastic.engine.scheduler import MAX_FAILURES, Scheduler, uncovered
+from elastic.engine.scheduler import MAX_FAILED_RANKS, MAX_FAILURES, Scheduler, uncovered
 from elastic.protocol import Rejected, Submit, Tokens
 from membership.base.errors import ElasticError
 from membership.store.records import View
@@ -340,6 +340,37 @@ def test_a_failing_request_is_tried_on_one_other_rank(
             client.take(scheduler.apply(failed if rank in ill else ranks.answer(batch, rank, 10 + rank), now))
         now += 1.0
     assert client.ends["r"] == end
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize(("deadly", "end"), [(1, "length"), (99, "500 ranks failed on this request alone and ended")])
+def test_a_request_over_which_rank_after_rank_ends_is_given_up(slots: int, deadly: int, end: str) -> None:
+    """As when each lacks device memory for it: a step fails, so does the next with it alone, and the process ends."""
+    members = {rank: 10 + rank for rank in range(slots)}
+    scheduler, ranks, client, now, deaths, failed = Scheduler(config(), TOKEN), KvModel(4), Client(), 0.0, 0, False
+    scheduler.set_view(view(1, members), [], now)
+    client.submit(scheduler, ask("good", [5], 8, ignore_eos=True), now)
+    client.submit(scheduler, ask("deadly", [13], 8, ignore_eos=True), now)
+    for epoch in range(2, 60):
+        client.take(scheduler.expire(now))
+        batch = scheduler.schedule(now)
+        for rank, chunks in batch.ranks.items() if batch is not None else ():
+            assert batch is not None
+            if deaths == deadly or all((chunk.start, chunk.tokens[0]) != (0, 13) for chunk in chunks):
+                client.take(scheduler.apply(ranks.answer(batch, rank, members[rank]), now))
+            elif not failed:
+                failed = True
+                client.take(scheduler.apply(reply(batch, rank, members[rank], status=StepStatus.FAILED), now))
+            elif len(chunks) == 1:
+                deaths, failed = deaths + 1, False
+                scheduler.lose_ranks([rank], now)
+                members |= {rank: 100 + epoch}
+            else:
+                pytest.fail("what failed did not run alone")
+        scheduler.set_view(view(epoch, members), [], now)
+        now += 1.0
+    assert client.ends == {"good": "length", "deadly": end}
+    assert deaths == min(deadly, MAX_FAILED_RANKS)
 
 
 def test_failures_with_a_suspected_peer_are_not_the_request_s_fault(served: tuple[Scheduler, KvModel, Client]) -> None:
