@@ -15,13 +15,13 @@ from typing import Protocol
 
 import structlog
 
-from elastic.engine import relief
 from elastic.engine.adoption import Adoption, absent, adoption, leaving, trigger
 from elastic.engine.cut_links import CutLinks
 from elastic.engine.expert_load import LoadWindow
 from elastic.engine.gateway_server import EngineServer
 from elastic.engine.gpu_steps import GpuSteps
 from elastic.engine.recovery import Recovery
+from elastic.engine.relief import Relief
 from elastic.engine.scheduler import Output, Scheduler
 from elastic.engine.status_writer import StatusWriter
 from elastic.engine.traces import Traces
@@ -108,6 +108,7 @@ class Engine:
         self._staged_revision = 0  # of that next view, while it is staged
         self._pause_since: float | None = None  # since when a flip has kept tokens waiting
         self._expire_at = 0.0
+        self._relief = Relief()
         self._relief_at = -math.inf  # when lost experts were last seen on their way back
         self._step_began: float | None = None  # the first one under the new view
         self._pause_ms = 0.0
@@ -241,7 +242,7 @@ class Engine:
     def _relief_is_near(self) -> bool:
         """Whether lost experts are on their way. No while the state is unreadable, which was logged."""
         try:
-            return relief.is_near(self._mirror.state(), self._epoch, self._wall())
+            return self._relief.is_near(self._mirror.state(), self._epoch, self._wall(), self._mirror.staleness_s)
         except SchemaError:
             return False
 

@@ -8,11 +8,12 @@ from typing import Any, cast
 import pytest
 
 from chaos.simulation.kv_model import reply
-from elastic.engine import relief
 from elastic.engine.loop import Engine, Peers
+from elastic.engine.relief import Relief
 from elastic.engine.scheduler import Scheduler
 from elastic.protocol import Rejected
 from membership.base.rank_id import RankId
+from membership.base.timing import STORE_SILENCE_S
 from membership.store.records import (
     AgentRecord,
     Assignment,
@@ -69,7 +70,7 @@ def record(incarnation: int, found: RankState, **more: Any) -> dict[RankId, Rank
     ],
 )
 def test_what_starts_or_is_prepared_is_on_its_way_until_it_has_failed_once(cluster: ClusterState, near: bool) -> None:
-    assert relief.is_near(cluster, IN_USE.epoch, NOW) is near
+    assert Relief().is_near(cluster, IN_USE.epoch, NOW) is near
 
 
 def test_a_view_that_a_member_cannot_prepare_is_no_relief() -> None:
@@ -77,7 +78,48 @@ def test_a_view_that_a_member_cannot_prepare_is_no_relief() -> None:
         rank=0, incarnation=10, node="n", pid=1, state=RankState.STANDBY, failed_revision=8, prepare_error="no bytes"
     )
     cluster = state(next=NEXT, next_revision=8, ranks={RankId(0, 10): unable})
-    assert not relief.is_near(cluster, IN_USE.epoch, NOW)
+    assert not Relief().is_near(cluster, IN_USE.epoch, NOW)
+
+
+def unable(incarnation: int) -> dict[RankId, RankRecord]:
+    return record(incarnation, RankState.STANDBY, failed_revision=8, prepare_error="no bytes")
+
+
+def with_newcomer(incarnation: int, attempt: int = 0) -> dict[str, Any]:
+    members = (*NEXT.members, Member(rank=1, node="n", incarnation=incarnation))
+    return {"next": View(epoch=6, members=members, attempt=attempt), "next_revision": 8, "exits": exit_of(11)}
+
+
+@pytest.mark.parametrize("attempt", [0, 1, 7])
+def test_nor_is_one_that_a_newcomer_cannot_prepare(attempt: int) -> None:
+    cluster = state(12, ranks=unable(12), **with_newcomer(12, attempt))
+    assert not Relief().is_near(cluster, IN_USE.epoch, NOW)
+
+
+def test_a_newcomer_is_none_whose_view_failed_by_another_and_one_that_still_loads_is() -> None:
+    known = {**record(12, RankState.STANDBY), RankId(0, 10): unable(12)[RankId(1, 12)]}
+    assert not Relief().is_near(state(12, ranks=known, **with_newcomer(12, 1)), IN_USE.epoch, NOW)
+    loads = state(12, next=View(epoch=6, members=NEXT.members, attempt=1), next_revision=8)
+    assert Relief().is_near(loads, IN_USE.epoch, NOW)
+
+
+def test_the_next_process_of_a_slot_that_could_not_prepare_is_counted_on_no_more_until_a_view_is_adopted() -> None:
+    """The first one was unassigned: no exit record tells of it."""
+    relief = Relief()
+    assert relief.is_near(state(12, **with_newcomer(12)), IN_USE.epoch, NOW)
+    assert not relief.is_near(state(12, ranks=unable(12), **with_newcomer(12, 2)), IN_USE.epoch, NOW)
+    loads, staged = state(13, exits=exit_of(11)), state(13, **with_newcomer(13))
+    assert not relief.is_near(loads, IN_USE.epoch, NOW)
+    assert not relief.is_near(staged, IN_USE.epoch, NOW)
+    adopted = View(epoch=6, members=IN_USE.members)
+    assert relief.is_near(state(13, view=adopted, exits=exit_of(11)), adopted.epoch, NOW)
+
+
+def test_nothing_is_on_its_way_while_the_store_is_away() -> None:
+    loads = state(12, exits=exit_of(11), ranks=record(12, RankState.LOADING))
+    assert Relief().is_near(loads, IN_USE.epoch, NOW, STORE_SILENCE_S - 0.1)
+    assert not Relief().is_near(loads, IN_USE.epoch, NOW, STORE_SILENCE_S)
+    assert Relief().is_near(state(12), IN_USE.epoch - 1, NOW, STORE_SILENCE_S), "it is committed"
 
 
 def test_a_request_waits_while_relief_is_near_and_has_its_time_anew_when_experts_are_back() -> None:
@@ -104,13 +146,14 @@ def test_it_is_given_up_once_nothing_has_been_on_its_way_for_so_long() -> None:
     assert rejected.status == 503
 
 
-def test_the_engine_asks_while_it_may_run_no_step() -> None:
-    """First a rank loads, then it has died and nothing is on its way."""
+@pytest.mark.parametrize("then", ["it has died", "the store is away"])
+def test_the_engine_asks_while_it_may_run_no_step(then: str) -> None:
+    """First a rank loads, then nothing is on its way any more."""
     now, known, sent = [0.0], [state(12, view=None)], list[Any]()
     server = SimpleNamespace(take=list, send=sent.extend, pending=False)
     status = SimpleNamespace(fenced=False, update=lambda _: None, publish_loads=lambda _: None)
     fleet = SimpleNamespace(collect=lambda *_: [], far_links=dict, slow={})
-    mirror = SimpleNamespace(state=lambda: known[0])
+    mirror = SimpleNamespace(state=lambda: known[0], staleness_s=0.0)
     peers: Any = SimpleNamespace(mirror=mirror, fleet=fleet, server=server, status=status, events=None, gone=set)
     engine = Engine(config(), TOKEN, cast(Peers, peers), clock=lambda: now[0], wall=lambda: NOW)
     engine._scheduler.submit(ask("r", [4]), 0.0)
@@ -122,5 +165,8 @@ def test_the_engine_asks_while_it_may_run_no_step() -> None:
         return [each.status for each in sent]
 
     assert [refused_at(at_s) for at_s in (0.0, 40.0, 80.0)] == [[], [], []]
-    known[0] = state(view=None, exits=exit_of(12))
+    if then == "it has died":
+        known[0] = state(view=None, exits=exit_of(12))
+    else:
+        mirror.staleness_s = STORE_SILENCE_S
     assert [refused_at(at_s) for at_s in (109.0, 110.0)] == [[], [503]]
