@@ -9,6 +9,7 @@ ELECTION = "tests/contract/membership/store/test_election.py"
 LEASE = "tests/unit/membership/store/test_lease.py"
 MIRROR = "tests/contract/membership/store/test_mirror.py"
 REPLACED = "tests/contract/membership/store/test_store_replaced.py"
+CREDENTIALS = "tests/contract/membership/store/test_etcd_credentials.py"
 CODEC = "tests/unit/membership/store/test_codec.py"
 PLANNER = "tests/unit/membership/planning/test_planner.py"
 LEAVING = "tests/unit/membership/planning/test_leaving.py"
@@ -113,6 +114,14 @@ MUTANTS: tuple[Mutant, ...] = (
         before="elif revision < floor:",
         after="elif False:",
         tests=(f"{REPLACED}::test_answers_that_overtake_each_other_or_come_from_a_member_behind_are_no_loss",),
+    ),
+    Mutant(
+        name="new-certificates-unasked",
+        guards="G6: a connection to etcd that works is not given up for certificates that etcd does not know yet",
+        file="membership/store/etcd_channels.py",
+        before="if (refusal := _refusal(replaced)) is not None:",
+        after="if (refusal := None) is not None:",
+        tests=(f"{CREDENTIALS}::test_a_slow_answer_while_certificates_are_rotated_costs_no_connection",),
     ),
     Mutant(
         name="newer-schema-read",

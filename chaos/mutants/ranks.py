@@ -5,6 +5,7 @@ from __future__ import annotations
 from chaos.mutants.mutant import Mutant, Shown
 
 DECIDE = "tests/unit/workers/agent/test_decide.py"
+REGISTRAR = "tests/unit/workers/agent/test_registrar.py"
 SILENCE = "tests/unit/workers/queue/test_silence.py"
 WATCHDOG = "tests/unit/workers/fleet/test_watchdog.py"
 RESTARTS = "tests/unit/workers/agent/test_restart_policy.py"
@@ -26,6 +27,14 @@ MUTANTS: tuple[Mutant, ...] = (
         before="    served = host.served() if host is not None else None\n",
         after="    served = None\n",
         tests=("tests/integration/workers/model/test_replaced_files.py::test_a_new_rank_gets_what_its_host_serves",),
+    ),
+    Mutant(
+        name="name-of-another-agent",
+        guards="G1: an agent that was cut off, and whose name another has by now, does not overwrite that one's record",
+        file="workers/agent/registrar.py",
+        before="                    _require_ours(found[key], value)\n",
+        after="                    pass\n",
+        tests=(f"{REGISTRAR}::test_an_agent_whose_name_is_anothers_by_now_writes_nothing_and_says_so",),
     ),
     # --- detection
     Mutant(

@@ -341,7 +341,7 @@ class EtcdStore:
         """Where there was no answer, the next call may be to another store, with other certificates, elsewhere."""
         if isinstance(error, StoreUnavailable) and not error.definite:
             self._provenance.doubt()
-            self._channels.lost()
+            self._channels.unanswered(turn)
             self._next_endpoint(turn)
 
     def _without_resources(self, error: Exception, what: str) -> Exception:

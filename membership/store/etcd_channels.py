@@ -1,5 +1,6 @@
-"""The gRPC channels to etcd's endpoints. A channel keeps the certificates that it was made with: when a connection is
-lost and their files have changed, all are made anew, so that rotated certificates need no restart.
+"""The gRPC channels to etcd's endpoints. A channel keeps the certificates that it was made with: when it gave no answer
+and their files have changed, a new one takes its place, so that rotated certificates need no restart. Not before etcd
+accepts the new one: in the middle of a rotation it may know the old certificates only, and was just slow.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult
 
+import grpc
 import structlog
 
 from membership.base.errors import ConfigError
 from membership.store.credentials import Credentials
-from membership.store.etcd3_compat import etcd3
+from membership.store.etcd3_compat import etcd3, etcdrpc
 
 OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.keepalive_time_ms", 5000),
@@ -30,6 +32,8 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", -1),  # a list of the whole prefix may exceed the default 4 MiB
 )
+ASK_S = 0.5  # that a new channel gets to be accepted
+NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 Stamps = tuple[tuple[int, int, int], ...]  # of each file: what changes when it is written, or replaced
 
 log = structlog.get_logger(__name__)
@@ -42,9 +46,11 @@ class Channels:
         self._urls, self._credentials = urls, credentials
         self._secure = urls[0].scheme == "https"
         self._lock = threading.Lock()
+        self._trying = threading.Lock()  # other certificates: one thread at a time
         self._closed = False
-        self._stamps = self._files()
-        self._clients = self._made()
+        self._stamps = [self._files()] * len(urls)  # of what each client was made with
+        self._said = set[str]()  # warnings since certificates were changed
+        self._clients = [self._made(url) for url in urls]
 
     def __len__(self) -> int:
         return len(self._urls)
@@ -52,24 +58,14 @@ class Channels:
     def __getitem__(self, endpoint: int) -> Any:
         return self._clients[endpoint]
 
-    def lost(self) -> None:
-        """A connection is lost: the next one is made with the certificates that the files have by then."""
-        with self._lock:
-            if self._closed or not self._secure:
-                return
-            try:
-                stamps = self._files()
-                if stamps == self._stamps:
-                    return
-                self._credentials.tls()  # one of them may be half written, or not fit the other yet
-                made = self._made()
-            except (OSError, ConfigError) as error:
-                log.warning("etcd_certificates_unusable", error=str(error))
-                return
-            old, self._clients, self._stamps = self._clients, made, stamps
-        log.info("etcd_certificates_changed", ca=self._credentials.ca, cert=self._credentials.cert)
-        for client in old:
-            client.close()
+    def unanswered(self, endpoint: int) -> None:
+        """A call had no answer: use the certificates that the files have by now, if etcd accepts them there."""
+        if not self._secure or not self._trying.acquire(blocking=False):
+            return
+        try:
+            self._try_others(endpoint)
+        finally:
+            self._trying.release()
 
     def close(self) -> None:
         """End all connections."""
@@ -78,18 +74,51 @@ class Channels:
         for client in self._clients:
             client.close()
 
+    def _try_others(self, endpoint: int) -> None:
+        try:
+            stamps = self._files()
+            if stamps == self._stamps[endpoint]:
+                return
+            self._credentials.tls()  # one of them may be half written, or not fit the other yet
+            replaced = self._made(self._urls[endpoint])
+        except (OSError, ConfigError) as error:
+            self._say("etcd_certificates_unusable", str(error))
+            return
+        where = self._urls[endpoint].netloc
+        if (refusal := _refusal(replaced)) is not None:
+            self._say("etcd_certificates_not_accepted_yet", f"no connection to {where} with them: {refusal}")
+        else:
+            with self._lock:
+                if not self._closed:
+                    self._stamps[endpoint] = stamps
+                    replaced, self._clients[endpoint] = self._clients[endpoint], replaced
+            log.info("etcd_certificates_changed", etcd=where, ca=self._credentials.ca, cert=self._credentials.cert)
+            self._said.clear()
+        replaced.close()
+
+    def _say(self, event: str, error: str) -> None:
+        """Once: there may be many calls without an answer."""
+        if error not in self._said:
+            self._said.add(error)
+            log.warning(event, error=error)
+
     def _files(self) -> Stamps:
         credentials = self._credentials
         found = [Path(each).stat() for each in (credentials.ca, credentials.cert, credentials.key) if each]
         return tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
 
-    def _made(self) -> list[Any]:
+    def _made(self, url: SplitResult) -> Any:
         given = self._credentials
         certificates = {"ca_cert": given.ca, "cert_cert": given.cert or None, "cert_key": given.key or None}
-        made = []
-        for url in self._urls:
-            # gRPC resolves a name anew for each connection
-            host, _, port = f"dns:///{url.netloc}".rpartition(":") if url.netloc else ("unix", "", url.path)
-            options = list(OPTIONS)
-            made.append(etcd3.Etcd3Client(host, port, grpc_options=options, **(certificates if self._secure else {})))
-        return made
+        # gRPC resolves a name anew for each connection
+        host, _, port = f"dns:///{url.netloc}".rpartition(":") if url.netloc else ("unix", "", url.path)
+        return etcd3.Etcd3Client(host, port, grpc_options=list(OPTIONS), **(certificates if self._secure else {}))
+
+
+def _refusal(client: Any) -> str | None:
+    """Why etcd takes no connection of this client; None if it answers, whatever it says."""
+    try:
+        etcdrpc.MaintenanceStub(client.channel).Status(etcdrpc.StatusRequest(), timeout=ASK_S)
+    except grpc.RpcError as error:
+        return error.code().name.lower() if error.code() in NO_ANSWER else None
+    return None

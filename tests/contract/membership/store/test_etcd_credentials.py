@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from elastic.serve.etcd_server import EtcdServer
 from membership.base.errors import ConfigError, StoreDenied, StoreUnavailable
@@ -23,7 +24,7 @@ from membership.store.interface import Compare, Get, Put
 from membership.store.keys import Keys
 from membership.store.lease import LeaseKeeper
 from membership.store.mirror import Mirror
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, stopped
 from tests.support.secured_etcd import PASSWORD, USER, Authority, SecuredEtcd, secured_etcd
 
 pytestmark = pytest.mark.contract
@@ -140,6 +141,48 @@ def test_certificates_may_change_while_it_is_served(own: SecuredEtcd, tmp_path: 
         store.probe(T)
         store.put(KEYS.desired, b"")
         eventually(lambda: mirror.synced, T, "the mirror to watch again")
+
+
+def replaced(own: SecuredEtcd, tmp_path: Path) -> dict[str, str]:
+    """The clients' files are another authority's by now, etcd's are still to be replaced by those of this one."""
+    other = Authority(tmp_path / "other")
+    (server, server_key), (client, client_key) = other.issue("etcd"), other.issue("client")
+    shutil.copy(other.pem, own.credentials.ca)
+    shutil.copy(client, own.credentials.cert)
+    shutil.copy(client_key, own.credentials.key)
+    return {"etcd.pem": server, "etcd.key": server_key}
+
+
+def test_a_slow_answer_while_certificates_are_rotated_costs_no_connection(own: SecuredEtcd, tmp_path: Path) -> None:
+    """The clients' come first, and etcd knows the old ones only. Once it has the new ones, too, they are used."""
+    with closing(own.connect(prefix=KEYS.prefix)) as store:
+        lease = store.grant(600)
+        servers = replaced(own, tmp_path)
+        with capture_logs() as logged:
+            for _ in range(3):
+                with stopped(own.server.pid), pytest.raises(StoreUnavailable):
+                    store.keepalives([lease], timeout_s=0.2)
+                store.probe(T)
+                assert store.put(KEYS.desired, b"")
+        assert [each["event"] for each in logged] == ["etcd_certificates_not_accepted_yet"], "it is said once"
+        for name, path in servers.items():
+            shutil.copy(path, Path(own.credentials.ca).parent / name)
+        own.server.restart()
+        store.probe(T)
+        assert store.put(KEYS.desired, b"")
+
+
+def test_files_that_do_not_fit_each_other_are_named_once(own: SecuredEtcd, tmp_path: Path) -> None:
+    _, key = Authority(tmp_path / "other").issue("client")
+    with closing(own.connect(prefix=KEYS.prefix)) as store:
+        shutil.copy(key, own.credentials.key)
+        own.server.kill()
+        with capture_logs() as logged:
+            for _ in range(3):
+                with pytest.raises(StoreUnavailable):
+                    store.put(KEYS.desired, b"")
+        assert [each["event"] for each in logged] == ["etcd_certificates_unusable"]
+        assert own.credentials.key in logged[0]["error"]
 
 
 def test_a_password_is_in_no_error_and_no_repr(own: SecuredEtcd) -> None:
