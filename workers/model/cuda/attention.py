@@ -1,8 +1,9 @@
-"""Attention over the block-table KV cache on a GPU: each token of a step by itself, prefill and decode alike.
+"""Attention over the block-table KV cache on a GPU, prefill and decode alike.
 
 A token's cells are cut into splits of a fixed size; each split is summed by one program and the splits are merged in
 ascending order (flash decoding, Dao et al. 2023, with splits that do not depend on the batch). So a token's result
-depends on its sequence alone. The price: a prompt's tokens read the same keys again, out of the cache of the GPU.
+depends on its sequence alone. A program of a prompt's step computes several tokens, which read the same keys, where
+each has the bits then that it has alone (`attention_check.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from workers.model.cuda.kv_cache import CudaKVCache
 SPLIT = 256  # cells per program
 CELLS = 64  # cells per product
 NARROWEST = 16  # what a matrix unit takes
+HIGHEST = ((256, 128), (512, 64))  # of a tile for several tokens: bytes of a head up to which it has so many rows
 ALL = 1 << 30  # a window that hides nothing
 PARTIAL_BYTES = 256 << 20  # of what splits give before they are merged; a long prompt's rows are computed in turns
 TURN = 16  # rows, or a multiple: where a turn begins is as aligned as where the first does, so none is compiled anew
@@ -40,6 +43,7 @@ class Layout:
     positions: Tensor  # [T] in its sequence
     tables: Tensor  # [sequence, pages] of blocks
     splits: int
+    shared: bool = False  # tokens stand beside others of their sequence
 
     @classmethod
     def of(cls, plan: StepPlan, device: torch.device) -> Layout:
@@ -54,7 +58,55 @@ class Layout:
             numbers = numbers.pin_memory()
         cells, rows, pages = numbers.to(device, non_blocking=True).split_with_sizes([plan.rows, plan.rows, tables.size])
         longest = int(max(plan.starts + counts))
-        return cls(plan, cells, rows, plan.positions[0], pages.view(tables.shape), triton.cdiv(longest, SPLIT))
+        splits, shared = triton.cdiv(longest, SPLIT), plan.rows >= 2 * len(counts)
+        return cls(plan, cells, rows, plan.positions[0], pages.view(tables.shape), splits, shared)
+
+
+class Look(NamedTuple):
+    """How tokens look at what stands before them."""
+
+    scaling: float  # of scores
+    window: int  # of the last tokens
+
+
+def tokens_at_once(group: int, head_bytes: int) -> int:
+    """How many tokens a program may compute, for so many query heads per key/value head of so many bytes."""
+    rows = next((rows for most, rows in HIGHEST if head_bytes <= most), 0)
+    return max(rows // _power(group), 1)
+
+
+def add_splits(
+    layout: Layout,
+    part: slice,
+    queries: Tensor,
+    cells: tuple[Tensor, Tensor],
+    look: Look,
+    tokens: int,
+    into: tuple[Tensor, Tensor],
+) -> None:
+    """The splits of these rows of `queries` [T, Hq, D], so many `tokens` per program: of `cells` (keys and values
+    [block, offset, Hkv, width]) the sums and their sizes `into` [T, Hq, splits, Dv] and [T, Hq, splits].
+    """
+    keys, values = cells
+    group = queries.shape[1] // keys.shape[2]
+    (page, heads, width), value_width = keys.shape[1:], values.shape[3]
+    room, count = _power(group), part.stop - part.start
+    attend[(triton.cdiv(count, tokens), heads, layout.splits)](
+        queries[part], keys, values, layout.tables, layout.sequences[part], layout.positions[part],
+        *into, look.scaling, count, layout.splits, layout.tables.shape[1], look.window,
+        PAGE=page, HEADS=heads, GROUP=group, WIDTH=width, VALUE_WIDTH=value_width, SPLIT=SPLIT, TOKENS=tokens,
+        ROOM=room if tokens > 1 else max(NARROWEST, room), CELLS=CELLS, WIDE=_wide(width),
+        VALUE_WIDE=_wide(value_width), num_warps=8 if tokens > 1 else 4,
+        num_stages=3, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _power(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _wide(width: int) -> int:
+    return max(NARROWEST, _power(width))
 
 
 class CudaAttention:
@@ -62,8 +114,10 @@ class CudaAttention:
 
     tiled = False
 
-    def __init__(self, cache: CudaKVCache, device: torch.device) -> None:
+    def __init__(self, cache: CudaKVCache, device: torch.device, tokens: int = 1) -> None:
+        """`tokens`: of a prompt, per program."""
         self.plan: StepPlan | None = None
+        self.tokens = tokens
         self.cache = cache
         self._device = device
         self._layout: Layout | None = None
@@ -90,33 +144,24 @@ class CudaAttention:
         queries, keys, values = (part[0].transpose(0, 1)[:rows] for part in (query, key, value))  # [T, heads, width]
         cache = self.cache.layers[layer]
         cache.write(layout.cells, keys, values)
-        out = self._attend(layout, queries.contiguous(), cache.keys, cache.values, scaling, window or ALL)
+        out = self._attend(layout, queries.contiguous(), cache.keys, cache.values, Look(scaling, window or ALL))
         return functional.pad(out, (0, 0, 0, 0, 0, plan.padded - rows))[None]
 
-    @staticmethod
-    def _attend(layout: Layout, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int) -> Tensor:
+    def _attend(self, layout: Layout, queries: Tensor, keys: Tensor, values: Tensor, look: Look) -> Tensor:
         """[T, Hq, D] queries over a layer's cache [block, offset, Hkv, width] -> [T, Hq, Dv]."""
-        rows, query_heads, width = queries.shape
-        page, heads, value_width = values.shape[1:]
-        group, splits = query_heads // heads, layout.splits
-        wide, value_wide = (max(NARROWEST, triton.next_power_of_2(w)) for w in (width, value_width))
+        rows, query_heads, _ = queries.shape
+        value_width, splits = values.shape[3], layout.splits
         most = PARTIAL_BYTES // (query_heads * splits * value_width * torch.float32.itemsize)
         most = max(most // TURN, 1) * TURN
         partial = torch.empty(min(rows, most), query_heads, splits, value_width, device=queries.device)
         sizes = torch.empty(min(rows, most), query_heads, splits, device=queries.device)
         out = torch.empty(rows, query_heads, value_width, dtype=queries.dtype, device=queries.device)
         queries = queries.to(keys.dtype)
+        tokens = self.tokens if layout.shared else 1
         for first in range(0, rows, most):
             part = slice(first, min(first + most, rows))
-            count = part.stop - first
-            attend[(count, heads, splits)](
-                queries[part], keys, values, layout.tables, layout.sequences[part], layout.positions[part],
-                partial, sizes, scaling, splits, layout.tables.shape[1], window,
-                PAGE=page, HEADS=heads, GROUP=group, WIDTH=width, VALUE_WIDTH=value_width,
-                SPLIT=SPLIT, ROWS=max(NARROWEST, triton.next_power_of_2(group)), CELLS=CELLS,
-                WIDE=wide, VALUE_WIDE=value_wide,
-            )  # fmt: skip
-            merge[(count * query_heads,)](
-                partial, sizes, out[part], splits, VALUE_WIDTH=value_width, VALUE_WIDE=value_wide
+            add_splits(layout, part, queries, (keys, values), look, tokens, (partial, sizes))
+            merge[((part.stop - first) * query_heads,)](
+                partial, sizes, out[part], splits, VALUE_WIDTH=value_width, VALUE_WIDE=_wide(value_width)
             )
         return out

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+from functools import partial
 from pathlib import Path
 
+import structlog
 import torch
 import triton
 from torch import Tensor, nn
+from triton.runtime.errors import OutOfResources
 
 from membership.base.enums import Exactness
 from membership.base.errors import DeviceLost, ModelError, RankFailed
@@ -19,7 +22,8 @@ from workers.model.cpu.compute_threads import ComputeThreads
 from workers.model.cpu.fingerprint import kernel_fingerprint
 from workers.model.cpu.linear import make_invariant
 from workers.model.cuda import kernels
-from workers.model.cuda.attention import CudaAttention
+from workers.model.cuda.attention import CudaAttention, tokens_at_once
+from workers.model.cuda.attention_check import agree
 from workers.model.cuda.expert_products import CudaExpertProducts, ExpertKernels
 from workers.model.cuda.graphs import StepGraphs
 from workers.model.cuda.kv_cache import CudaKVCache
@@ -29,6 +33,8 @@ from workers.model.cuda.norm import fuse_norms
 from workers.model.cuda.rotary import fuse_rotary
 from workers.model.cuda.router import fuse_routers
 from workers.model.row_tiles import RowTiles
+
+log = structlog.get_logger(__name__)
 
 
 class CudaBackend:
@@ -122,10 +128,25 @@ class CudaBackend:
         return make_invariant(model, calibrations, ComputeThreads())
 
     def attention(self, spec: AttentionSpec, exactness: Exactness, calibrations: Calibrations) -> CudaAttention:
-        """See `Backend`. One way for both: its tiles are fixed."""
+        """See `Backend`. One way for both: its tiles are fixed, or have the same bits."""
         take = own_memory if self.pool_fd == NO_POOL or self.device.type != "cuda" else lasting_memory
         cache = CudaKVCache(spec.layers, spec.blocks, spec.block_size, spec.dtype, take)
-        return CudaAttention(cache, self.device)
+        tokens = tokens_at_once(spec.group, max(spec.key_width, spec.value_width) * spec.dtype.itemsize)
+        if tokens > 1:
+            shape = (
+                f"{spec.group} x {spec.key_width} to {spec.value_width} of {spec.dtype}, blocks of {spec.block_size}"
+            )
+            (tokens,) = calibrations.of(f"tokens at once, {shape}", partial(self._exact_tokens, spec, tokens))
+        return CudaAttention(cache, self.device, tokens)
+
+    def _exact_tokens(self, spec: AttentionSpec, tokens: int) -> tuple[int]:
+        try:
+            if agree(spec, tokens, self.device):
+                return (tokens,)
+            log.warning("tokens_at_once_round_otherwise", tokens=tokens)
+        except OutOfResources as error:  # a GPU with less shared memory
+            log.warning("tokens_at_once_do_not_fit", tokens=tokens, error=str(error))
+        return (1,)
 
     def expert_products(
         self, activation: Activation, exactness: Exactness, calibrations: Calibrations

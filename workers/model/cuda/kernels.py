@@ -20,20 +20,90 @@ def _rows_of(matrix, row, real, WIDTH: tl.constexpr, WIDE: tl.constexpr):
     )
 
 
+SUMS = tl.constexpr(16)  # columns of ones: the fewest that a product has
+
+
+@triton.jit
+def _no_cells(ROWS: tl.constexpr, VALUE_WIDE: tl.constexpr):
+    """The running softmax before it has seen anything."""
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    return top, tl.zeros((ROWS, SUMS), tl.float32), tl.zeros((ROWS, VALUE_WIDE), tl.float32)
+
+
 @triton.jit
 def _add_cells(rows, key, value, seen, scaling, top, total, mixed):
-    """The running softmax with some more cells: the largest score, the sum of weights, the weighted sum of values."""
+    """The running softmax with some more cells: the largest score, the sum of weights, the weighted sum of values.
+
+    Weights are summed by a product with ones, in the order of all products: in which order `tl.sum` goes depends on how
+    many rows there are.
+    """
     scores = tl.dot(rows, key, input_precision="ieee") * scaling
-    scores = tl.where(seen[None, :], scores, float("-inf"))
+    scores = tl.where(seen, scores, float("-inf"))
     new = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(new == float("-inf"), 0.0, new)
-    weights = tl.exp(scores - base[:, None])
-    kept = tl.exp(top - base)
-    mixed = tl.dot(weights.to(value.dtype), value, mixed * kept[:, None], input_precision="ieee")
-    return new, total * kept + tl.sum(weights, 1), mixed
+    weights = tl.exp(scores - base[:, None]).to(value.dtype)
+    kept = tl.exp(top - base)[:, None]
+    ones = tl.full((value.shape[0], SUMS), 1.0, value.dtype)
+    total = tl.dot(weights, ones, total * kept, input_precision="ieee")
+    mixed = tl.dot(weights, value, mixed * kept, input_precision="ieee")
+    return new, total, mixed
 
 
-@triton.jit(do_not_specialize=["splits", "pages"])
+@triton.jit
+def _add_sequence(
+    rows,
+    mine,
+    position,
+    keys,
+    values,
+    table,
+    head,
+    first,
+    last,
+    scaling,
+    window,
+    top,
+    total,
+    mixed,
+    PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    CELLS: tl.constexpr,
+    WIDE: tl.constexpr,
+    VALUE_WIDE: tl.constexpr,
+):
+    """Cells `first` to `last` of one sequence, for those `rows` that are `mine` and stand at `position` [ROWS]. The
+    others' sums stay as they are, to the bit: their weights are zeros, and what was is multiplied by 1.
+    """
+    for start in range(first, last, CELLS):
+        at = start + tl.arange(0, CELLS)
+        there = at < last
+        block = tl.load(table + at // PAGE, mask=there, other=0).to(tl.int64)
+        cell = (block * PAGE + at % PAGE) * HEADS + head
+        key = tl.trans(_rows_of(keys, cell, there, WIDTH, WIDE))
+        value = _rows_of(values, cell, there, VALUE_WIDTH, VALUE_WIDE)
+        behind = position[:, None] - at[None, :]  # a token sees itself and what stands before it
+        seen = mine[:, None] & (behind >= 0) & (behind < window)
+        top, total, mixed = _add_cells(rows, key, value, seen, scaling, top, total, mixed)
+    return top, total, mixed
+
+
+@triton.jit
+def _keep_split(partial, sizes, place, real, top, total, mixed, VALUE_WIDTH: tl.constexpr, VALUE_WIDE: tl.constexpr):
+    """What one split gives its rows. Of those that saw no cell the size alone says so, and nothing else is read."""
+    wide = tl.arange(0, VALUE_WIDE)
+    total = tl.max(total, 1)  # all columns are the same
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
+    tl.store(
+        partial + place[:, None] * VALUE_WIDTH + wide[None, :],
+        mixed / total[:, None], mask=(real & some)[:, None] & (wide[None, :] < VALUE_WIDTH),
+    )  # fmt: skip
+    tl.store(sizes + place, tl.where(some, top + tl.log(total), float("-inf")), mask=real)
+
+
+@triton.jit(do_not_specialize=["count", "splits", "pages", "window"])
 def attend(
     queries,
     keys,
@@ -44,6 +114,7 @@ def attend(
     partial,
     sizes,
     scaling,
+    count,
     splits,
     pages,
     window,
@@ -53,46 +124,45 @@ def attend(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
-    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROOM: tl.constexpr,
     CELLS: tl.constexpr,
     WIDE: tl.constexpr,
     VALUE_WIDE: tl.constexpr,
 ):
-    """One (token, key/value head, split): the GROUP query heads of that head against SPLIT cells of their sequence.
+    """One (TOKENS tokens, key/value head, split): the GROUP query heads of that head, of each of these tokens, against
+    SPLIT cells of their sequences. ROOM rows of a tile are for one token.
 
     queries [T, HEADS * GROUP, WIDTH], keys [block, PAGE, HEADS, WIDTH], values alike; tables [sequence, pages];
-    partial [T, HEADS * GROUP, splits, VALUE_WIDTH] and sizes [T, HEADS * GROUP, splits] (log of the sum of weights).
+    sequences [T] ascending; partial [T, HEADS * GROUP, splits, VALUE_WIDTH], sizes [T, HEADS * GROUP, splits] (log of
+    the sum of weights).
     """
-    token, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position = tl.load(positions + token).to(tl.int32)
-    table = tables + tl.load(sequences + token) * pages
-    row = tl.arange(0, ROWS)
-    value_wide = tl.arange(0, VALUE_WIDE)
-    query = (token * HEADS + head) * GROUP + row
-    real = row < GROUP
-    first = split * SPLIT
-    last = tl.minimum(first + SPLIT, position + 1)  # a token sees itself and what stands before it
-    oldest = tl.maximum(position + 1 - window, 0)
+    token, head, split = tl.program_id(0) * TOKENS, tl.program_id(1), tl.program_id(2)
+    row = tl.arange(0, TOKENS * ROOM)
+    its = token + row // ROOM
+    real = (row % ROOM < GROUP) & (its < count)
+    query = (its * HEADS + head) * GROUP + row % ROOM
     rows = _rows_of(queries, query, real, WIDTH, WIDE)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, VALUE_WIDE), tl.float32)
-    for start in range(first, last, CELLS):
-        at = start + tl.arange(0, CELLS)
-        seen = (at < last) & (at >= oldest)
-        block = tl.load(table + at // PAGE, mask=at < last, other=0).to(tl.int64)
-        cell = (block * PAGE + at % PAGE) * HEADS + head
-        key = tl.trans(_rows_of(keys, cell, seen, WIDTH, WIDE))
-        value = _rows_of(values, cell, seen, VALUE_WIDTH, VALUE_WIDE)
-        top, total, mixed = _add_cells(rows, key, value, seen, scaling, top, total, mixed)
-    some = total > 0.0
-    share = mixed / tl.where(some, total, 1.0)[:, None]
-    place = query * splits + split
-    tl.store(
-        partial + place[:, None] * VALUE_WIDTH + value_wide[None, :],
-        share, mask=real[:, None] & (value_wide[None, :] < VALUE_WIDTH),
-    )  # fmt: skip
-    tl.store(sizes + place, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=real)
+    top, total, mixed = _no_cells(TOKENS * ROOM, VALUE_WIDE)
+    first = split * SPLIT
+    if TOKENS == 1:
+        stands = tl.load(positions + token).to(tl.int32)
+        top, total, mixed = _add_sequence(
+            rows, real, tl.full((ROOM,), 0, tl.int32) + stands, keys, values,
+            tables + tl.load(sequences + token) * pages, head, first, tl.minimum(first + SPLIT, stands + 1),
+            scaling, window, top, total, mixed, PAGE, HEADS, WIDTH, VALUE_WIDTH, CELLS, WIDE, VALUE_WIDE,
+        )  # fmt: skip
+    else:
+        position = tl.load(positions + its, mask=real, other=-1).to(tl.int32)
+        sequence = tl.load(sequences + its, mask=real, other=-1).to(tl.int32)
+        for each in range(tl.load(sequences + token).to(tl.int32), tl.max(sequence, 0) + 1):
+            mine = sequence == each
+            top, total, mixed = _add_sequence(
+                rows, mine, position, keys, values, tables + each * pages, head, first,
+                tl.minimum(first + SPLIT, tl.max(tl.where(mine, position, -1), 0) + 1), scaling, window,
+                top, total, mixed, PAGE, HEADS, WIDTH, VALUE_WIDTH, CELLS, WIDE, VALUE_WIDE,
+            )  # fmt: skip
+    _keep_split(partial, sizes, query * splits + split, real, top, total, mixed, VALUE_WIDTH, VALUE_WIDE)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -108,8 +178,10 @@ def merge(partial, sizes, out, splits, VALUE_WIDTH: tl.constexpr, VALUE_WIDE: tl
     total = 0.0
     for split in range(splits):
         place = query * splits + split
-        weight = tl.exp(tl.load(sizes + place) - top)
-        mixed += tl.load(partial + place * VALUE_WIDTH + wide, mask=inside, other=0.0) * weight
+        size = tl.load(sizes + place)
+        weight = tl.exp(size - top)
+        saw = tl.zeros((VALUE_WIDE,), tl.float32) + size > float("-inf")
+        mixed += tl.load(partial + place * VALUE_WIDTH + wide, mask=inside & saw, other=0.0) * weight
         total += weight
     tl.store(out + query * VALUE_WIDTH + wide, (mixed / total).to(out.dtype.element_ty), mask=inside)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,12 @@ from workers.protocol.messages import SeqChunk
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
+
 from workers.model.cuda import attention as cuda_attention
-from workers.model.cuda import expert_products, local_experts
+from workers.model.cuda import attention_check, expert_products, local_experts
+from workers.model.cuda import backend as cuda_backend
+from workers.model.cuda.attention import Layout, tokens_at_once
 from workers.model.cuda.backend import CudaBackend
 from workers.model.cuda.expert_products import FEW, MANY, Picked, _on_device, addresses_of, multiply
 from workers.model.cuda.router import _choice
@@ -57,6 +62,8 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     monkeypatch.setattr(cuda_attention, "SPLIT", 16)
     monkeypatch.setattr(cuda_attention, "PARTIAL_BYTES", 1)
     monkeypatch.setattr(cuda_attention, "CELLS", 16)
+    monkeypatch.setattr(cuda_attention, "HIGHEST", ((1 << 10, 8),))
+    monkeypatch.setattr(cuda_backend, "agree", lambda spec, tokens, device: True)  # takes half a minute here
     return CudaBackend(torch.device("cpu"))
 
 
@@ -67,6 +74,7 @@ class Layer:
         heads, self.group, width, value_width = shape
         spec = AttentionSpec(1, self.group, width, value_width, LENGTH, BLOCKS, PAGE, torch.float32)
         self.attention = backend.attention(spec, Exactness.INVARIANT, Calibrations())
+        assert self.attention.tokens == 8 // self.group
         generator = torch.Generator().manual_seed(3)
         self.queries = torch.randn(3, heads * self.group, LENGTH, width, generator=generator)
         self.keys = torch.randn(3, heads, LENGTH, width, generator=generator)
@@ -97,6 +105,31 @@ class Layer:
         )
         weights = torch.softmax((self.queries[seq, :, position, None].double() * keys).sum(-1) * 0.25, -1)
         return (weights[..., None] * values).sum(1)
+
+
+@pytest.mark.parametrize("exactness", Exactness)
+@pytest.mark.parametrize("by", [0.0, 1e-5, None])
+def test_several_tokens_at_once_are_used_where_each_has_the_bits_that_it_has_alone(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch, by: float | None, exactness: Exactness
+) -> None:
+    """Sums are a stand-in's: what is made of a row, and for several tokens `by` more, or too little shared memory."""
+
+    def sums(layout: Layout, _: slice, given: Tensor, *rest: Any) -> None:
+        tokens, (partial, sizes) = rest[2:]
+        if tokens > 1 and by is None:
+            raise OutOfResources(100864, 65536, "shared memory")
+        sizes += given.sum(-1, keepdim=True)
+        partial += sizes[..., None] + (by if tokens > 1 and by else 0.0)
+
+    monkeypatch.setattr(attention_check, "add_splits", sums)
+    monkeypatch.setattr(cuda_backend, "agree", attention_check.agree)
+    spec = AttentionSpec(1, 2, 16, 16, LENGTH, BLOCKS, PAGE, torch.float32)
+    assert backend.attention(spec, exactness, Calibrations()).tokens == (4 if by == 0.0 else 1)
+
+
+def test_a_tile_for_several_tokens_is_as_high_as_memory_allows() -> None:
+    assert [tokens_at_once(8, head) for head in (256, 512, 1152)] == [16, 8, 1]
+    assert [tokens_at_once(group, 256) for group in (1, 3, 128)] == [128, 32, 1]
 
 
 @pytest.mark.parametrize("window", [None, 5])
