@@ -5,6 +5,7 @@ from __future__ import annotations
 from chaos.mutants.mutant import Mutant, Shown
 
 JOURNAL = "tests/unit/elastic/gateway/test_journal.py"
+LINK = "tests/unit/elastic/gateway/test_engine_link.py"
 SCHEDULER = "tests/unit/elastic/engine/test_scheduler.py"
 LOOP = "tests/unit/elastic/engine/test_loop.py"
 PREFIX = "tests/unit/elastic/engine/test_prefix.py"
@@ -38,6 +39,14 @@ MUTANTS: tuple[Mutant, ...] = (
         before="ours = self.engine_token != 0 and message.engine_token == self.engine_token",
         after="ours = self.engine_token != 0",
         tests=(f"{JOURNAL}::test_only_the_current_engine_counts",),
+    ),
+    Mutant(
+        name="any-engine-received",
+        guards="G2: what an engine sends counts under the token only with which the store names it",
+        file="elastic/gateway/engine_link.py",
+        before="self._socket is not None and message.engine_token == target.token",
+        after="self._socket is not None",
+        tests=(f"{LINK}::test_only_messages_of_the_engine_that_was_connected_to_count",),
     ),
     Mutant(
         name="no-end",

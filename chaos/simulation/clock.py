@@ -35,3 +35,24 @@ class Clock:
             self.calls += 1
             call(*args)
         self.now = until
+
+
+class Worst:
+    """How bad something is: the largest of what several faults make it, of which each ends by itself."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._faults: list[tuple[float, float]] = []  # (until when, how bad)
+
+    def add(self, how_bad: float, seconds: float) -> None:
+        """For so long from now on."""
+        self._faults.append((self._clock.now + seconds, how_bad))
+
+    def now(self) -> float:
+        """0 if no fault is left."""
+        self._faults = [fault for fault in self._faults if fault[0] > self._clock.now]
+        return max((how_bad for _, how_bad in self._faults), default=0.0)
+
+    def clear(self) -> None:
+        """No fault is left."""
+        self._faults.clear()

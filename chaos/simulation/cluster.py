@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from random import Random
 from typing import Any
 
-from chaos.simulation.clock import Clock
+from chaos.simulation.clock import Clock, Worst
 from chaos.simulation.controller import ControllerProcess
 from chaos.simulation.engine import EngineProcess, SimServer
 from chaos.simulation.exchange import SimMask
@@ -105,7 +105,7 @@ class Cluster:
         self.servers: dict[str, SimServer] = {}
         self.bad: set[int] = set()  # slots whose ranks cannot prepare
         self.dark: Counter[str] = Counter()  # hosts without power, and by how many faults
-        self.delay_s = DELAY_S
+        self.lag_s = Worst(self.clock)
         self.running: Process | None = None
         self.violation: Violation | None = None
         self.tokens = 0
@@ -155,7 +155,10 @@ class Cluster:
         return self.ranks[key]
 
     def rank_died(self, rank: RankProcess) -> None:
-        """The kernel notifies its agent, and engines of its host; its agent others; its connections end."""
+        """The kernel notifies its agent, and engines of its host; its agent others; its connections end.
+
+        Of a host that loses its power nothing arrives but, once it is back, that its connections are gone.
+        """
         self.ranks.pop(rank.key, None)
         rank.host.executor.died(rank)
         for process in self.engines:
@@ -163,7 +166,7 @@ class Cluster:
                 continue
             if process.at == rank.at:
                 process.after(0.001, process.fleet.on_death, rank.key)
-            elif rank.host.alive and not rank.host.stopped:
+            elif rank.host.alive and not rank.host.stopped and not self.dark[rank.at]:
                 self.tell(rank.at, process, process.fleet.reported.arrived, rank.key)
         for other in list(self.ranks.values()) if rank.at else ():
             if other.at != rank.at and rank.key in other.exchange.links:
@@ -244,17 +247,18 @@ class Cluster:
 
     def delay(self) -> float:
         """The delay of one message in seconds."""
-        return self.chance.uniform(*self.delay_s)
+        most_s = self.lag_s.now()
+        return self.chance.uniform(*((0.0, most_s) if most_s else DELAY_S))
 
     def slow_down(self, most_s: float, seconds: float) -> None:
         """Messages take up to `most_s` for a while."""
-        self.delay_s = (0.0, most_s)
-        self.clock.after(seconds, setattr, self, "delay_s", DELAY_S)
+        self.lag_s.add(most_s, seconds)
 
     def heal(self) -> None:
         self.failpoints.armed.clear()
         self.bad.clear()
-        self.delay_s, self.store.outage = DELAY_S, False
+        self.lag_s.clear()
+        self.store.outage = False
         self.dark.clear()
         self.network.heal_all()
         for process in (*self.processes, *self.ranks.values()):

@@ -89,7 +89,7 @@ def hang_rank(cluster: Cluster, random: Random) -> str:
 def slow_rank(cluster: Cluster, random: Random) -> str:
     """Everything takes it ten times as long."""
     rank = _any_rank(cluster, random)
-    if rank is None:
+    if rank is None or rank.slow > 1.0:
         return NOTHING
     rank.slow = 10.0
     cluster.clock.after(4.0, setattr, rank, "slow", 1.0)
@@ -100,6 +100,8 @@ def slow_rank(cluster: Cluster, random: Random) -> str:
 def unable(cluster: Cluster, random: Random) -> str:
     """For a while the ranks of one slot cannot prepare any view."""
     slot = random.randrange(6)
+    if slot in cluster.bad:
+        return NOTHING
     cluster.bad.add(slot)
     cluster.clock.after(random.choice(DURATIONS_S), cluster.bad.discard, slot)
     return f"ranks in slot {slot} cannot prepare for a while"
@@ -192,8 +194,9 @@ def mute(cluster: Cluster, random: Random) -> str:
 @fault
 def lag(cluster: Cluster, random: Random) -> str:
     """All messages are slow for a while."""
-    cluster.slow_down(random.choice([0.05, 0.2]), random.choice(DURATIONS_S))
-    return f"messages take up to {1000 * cluster.delay_s[1]:.0f} ms"
+    most_s = random.choice([0.05, 0.2])
+    cluster.slow_down(most_s, random.choice(DURATIONS_S))
+    return f"messages take up to {1000 * most_s:.0f} ms"
 
 
 # --- the store
@@ -255,6 +258,8 @@ def lapse(cluster: Cluster, random: Random) -> str:
 def skew(cluster: Cluster, random: Random) -> str:
     """The wall clock of a controller or an agent is wrong for a while."""
     process = random.choice([*cluster.controllers, *cluster.hosts.values()])
+    if process.skew_s:
+        return NOTHING
     process.skew_s = random.choice([-30.0, -2.0, 0.7, 5.0, 60.0])
     cluster.clock.after(random.choice(DURATIONS_S), setattr, process, "skew_s", 0.0)
     return f"the clock of {process.name} is off by {process.skew_s:g} s for a while"

@@ -160,11 +160,10 @@ class GatewayProcess(Process):
             self._ping_at = now
 
     def received(self, connection: Connection, message: ToGateway) -> None:
-        """A message has arrived. Only those of the engine in office count."""
-        if connection is self.connection and self._target is not None and message.engine_token == self._target.token:
-            self.link._last_message_at = self.clock.now
+        """A message has arrived. Which ones count, the link decides; the clients' check goes by what it says itself."""
+        if connection is self.connection and self._target is not None:
             self._answering = message.engine_token
-            self.link._handle(message)
+            self.link._receive(message, self._target)
 
     def disconnected(self, connection: Connection) -> None:
         if connection is self.connection:

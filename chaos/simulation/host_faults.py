@@ -90,8 +90,7 @@ def slow_link(cluster: Cluster, random: Random) -> str:
     one, two = random.sample(cluster.network.hosts, 2)
     slower_s = random.choice(SLOW_S)
     for way in both(one, [two]):
-        cluster.network.slow_down(way, slower_s)
-        cluster.clock.after(4.0, cluster.network.slow_down, way, 0.0)
+        cluster.network.slow_down(way, slower_s, 4.0)
     return f"between hosts {one} and {two} all takes {slower_s * 1000:.0f} ms more for 4 s"
 
 
@@ -101,8 +100,7 @@ def lossy_link(cluster: Cluster, random: Random) -> str:
     one, two = random.sample(cluster.network.hosts, 2)
     share = random.choice(LOSSY)
     for way in both(one, [two]):
-        cluster.network.lose(way, share)
-        cluster.clock.after(4.0, cluster.network.lose, way, 0.0)
+        cluster.network.lose(way, share, 4.0)
     return f"between hosts {one} and {two} {share:.0%} of packets are lost for 4 s"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from random import Random
 from typing import Any
 
-from chaos.simulation.clock import Clock
+from chaos.simulation.clock import Clock, Worst
 
 ETCD = "etcd"  # the host of the store
 RESEND_S, RESEND_MAX_S = 0.2, 3.2  # of the kernel: the first time, and the longest later
@@ -32,7 +32,7 @@ def resent_at(since: float, healed: float) -> float:
 
 
 class Network:
-    """Which ways are cut, slow or lossy. A way may be cut by several faults at once, and each of them heals alone."""
+    """Which ways are cut, slow or lossy. A way may have several faults of a kind at once, and each heals alone."""
 
     def __init__(self, clock: Clock, chance: Random, hosts: Iterable[str] = ()) -> None:
         self.hosts = tuple(hosts)
@@ -41,8 +41,8 @@ class Network:
         self._clock, self._chance = clock, chance
         self._cuts: dict[Way, int] = {}
         self._cut_at: dict[Way, float] = {}
-        self._slow: dict[Way, float] = {}
-        self._lossy: dict[Way, float] = {}
+        self._slow: dict[Way, Worst] = {}
+        self._lossy: dict[Way, Worst] = {}
         self._quiet: dict[frozenset[str], tuple[float, float]] = {}  # (since when nothing is acknowledged, until when)
 
     # ---- what is done to it
@@ -74,13 +74,13 @@ class Network:
         self._slow.clear()
         self._lossy.clear()
 
-    def slow_down(self, way: Way, seconds: float) -> None:
-        """Each packet of this way takes so much longer; 0 is as before."""
-        self._slow[way] = seconds
+    def slow_down(self, way: Way, by_s: float, seconds: float) -> None:
+        """For so many seconds each packet of this way takes longer by `by_s`."""
+        self._slow.setdefault(way, Worst(self._clock)).add(by_s, seconds)
 
-    def lose(self, way: Way, share: float) -> None:
-        """This share of packets is lost."""
-        self._lossy[way] = share
+    def lose(self, way: Way, share: float, seconds: float) -> None:
+        """For so many seconds this share of packets is lost."""
+        self._lossy.setdefault(way, Worst(self._clock)).add(share, seconds)
 
     def _changed(self, way: Way) -> None:
         for call in list(self.on_change):
@@ -107,7 +107,8 @@ class Network:
 
     def extra_s(self, one: str, two: str) -> float:
         """How much longer than usual a message takes, what is lost of it included."""
-        seconds, share = self._slow.get((one, two), 0.0), self._lossy.get((one, two), 0.0)
+        slow, lossy = self._slow.get((one, two)), self._lossy.get((one, two))
+        seconds, share = slow.now() if slow else 0.0, lossy.now() if lossy else 0.0
         pause_s = 0.0
         while share and self._chance.random() < share:
             pause_s = self._chance.choice((SOON_S, RESEND_S)) if not pause_s else 2 * pause_s

@@ -369,9 +369,13 @@ class EngineLink:
             except msgspec.MsgspecError as error:
                 log.warning("engine_message_malformed", error=str(error))
                 continue
-            if self._socket is not None and message.engine_token == target.token:
-                self._last_message_at = self._clock()
-                self._handle(message)
+            self._receive(message, target)
+
+    def _receive(self, message: ToGateway, target: Target) -> None:
+        """Only messages of the engine that was connected to count, and under the token that it was then named with."""
+        if self._socket is not None and message.engine_token == target.token:
+            self._last_message_at = self._clock()
+            self._handle(message)
 
     def _handle(self, message: ToGateway) -> None:
         if isinstance(message, Welcome):

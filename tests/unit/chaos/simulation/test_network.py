@@ -11,8 +11,13 @@ from chaos.simulation.clock import Clock
 from chaos.simulation.cluster import SERVED, Cluster
 from chaos.simulation.episode import _quiet_logs
 from chaos.simulation.host_faults import both
+from chaos.simulation.invariants import Violation
 from chaos.simulation.network import ETCD, Network, Stream, Way, resent_at
+from elastic.gateway.engine_link import EngineLink
+from elastic.gateway.journal import Journal
+from elastic.protocol import Tokens
 from membership.base import failpoints
+from membership.base.rank_id import RankId
 
 pytestmark = pytest.mark.unit
 
@@ -70,6 +75,39 @@ def test_each_cut_heals_alone() -> None:
     assert not line.network.passes("a", "b")
     line.network.heal(both("a", ["b", "c"]))
     assert line.network.connected("a", "b")
+
+
+def test_each_fault_that_slows_a_link_or_loses_packets_ends_alone() -> None:
+    """The first one's end is not the second one's, and what is worse counts meanwhile."""
+    line = Line()
+    slow, lossy = [line.network.slow_down, line.network.lose]
+    found = list[tuple[float, float]]()
+
+    def look() -> None:
+        by_s = line.network._slow["a", "b"].now(), line.network._lossy["a", "b"].now()
+        found.append(by_s)
+
+    for at_s, worse in ((0.0, 2), (2.0, 1)):
+        line.clock.after(at_s, slow, ("a", "b"), worse * 0.02, 4.0)
+        line.clock.after(at_s, lossy, ("a", "b"), worse * 0.1, 4.0)
+    for at_s in (3.0, 5.0, 7.0):
+        line.clock.after(at_s, look)
+    line.clock.run(5.5)
+    assert found == [(0.04, 0.2), (0.02, 0.1)]
+    assert line.network.extra_s("a", "b") >= 0.02
+    line.clock.run(7.0)
+    assert found[-1] == (0.0, 0.0)
+    assert line.network.extra_s("a", "b") == 0.0
+
+
+def test_each_fault_that_slows_all_messages_ends_alone() -> None:
+    cluster = Cluster("lag", ("a",), 2)
+    cluster.slow_down(0.2, 3.0)
+    cluster.slow_down(0.05, 0.1)
+    cluster.clock.run(0.5)
+    assert max(cluster.delay() for _ in range(100)) > 0.1
+    cluster.clock.run(3.5)
+    assert max(cluster.delay() for _ in range(100)) <= 0.004
 
 
 def test_a_host_that_has_lost_its_power_says_only_that_its_connections_are_gone() -> None:
@@ -143,6 +181,46 @@ def test_an_engine_that_is_cut_off_itself_gives_nobody_up(served: Served) -> Non
     served.cluster.network.heal(ways)
     served.run(1.0)
     assert {host: served.attached(host) for host in HOSTS} == before
+
+
+def test_a_host_without_power_reports_no_death_even_when_it_is_back(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent is gone with its ranks. Only without its word does the engine do what it does about a lost host."""
+    heard, fleet = list[RankId](), served.engine.fleet
+    assert fleet is not None
+    arrived = fleet.reported.arrived
+    monkeypatch.setattr(fleet.reported, "arrived", lambda key: (heard.append(key), arrived(key)))
+    there, *_ = [rank for rank in served.cluster.ranks.values() if rank.at == served.there]
+    there.die()
+    served.run(0.1)
+    assert heard == [there.key], "its agent lives, and tells the engine"
+    ways = both(served.there, [*(host for host in HOSTS if host != served.there), ETCD])
+    served.cluster.lose_power(served.there, ways)
+    served.run(0.25)
+    served.cluster.power_back(served.there, ways)
+    served.run(2.0)
+    assert heard == [there.key]
+
+
+def test_tokens_of_an_older_engine_after_those_of_a_newer_one_are_noticed(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what each message says of itself. As shipped, link and journal drop them; without both, a client has them."""
+    cluster, gateway = served.cluster, served.cluster.gateway
+    gateway.submit("r", [1, 2, 3], 8)
+    while not (received := gateway.requests["r"].tokens):
+        served.run(0.002)
+    assert gateway.connection is not None
+    older = Tokens(served.engine.token - 1, "r", len(received), gateway.requests["r"].expected[0][len(received) :][:1])
+    before = list(received)
+    gateway.received(gateway.connection, older)
+    assert received == before
+    monkeypatch.setattr(EngineLink, "_receive", lambda link, message, target: link._handle(message))
+    monkeypatch.setattr(Journal, "_addressed", lambda journal, message: journal._open.get(message.request_id))
+    with pytest.raises(Violation, match=f"has tokens of engine {older.engine_token}, after {served.engine.token}"):
+        gateway.received(gateway.connection, older)
+    assert cluster.violation is None
 
 
 def test_a_host_without_power_is_replaced_and_one_that_is_back_joins_again(served: Served) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any, cast
+from unittest.mock import Mock
 
 import msgspec
 import pytest
 from msgspec.structs import replace
 
-from elastic.gateway.engine_link import EngineLink, Generation, LinkSettings
+from elastic.gateway.engine_link import EngineLink, Generation, LinkSettings, Target
 from elastic.gateway.health import obstacles
 from elastic.gateway.journal import Delta, Request
-from elastic.protocol import Outputs, Rejected, Tokens
+from elastic.protocol import Outputs, Rejected, Tokens, Welcome
 from membership.base.errors import JournalError, RequestError
 from membership.base.timing import STUCK_S
 from membership.store.records import ClusterState
@@ -30,6 +32,23 @@ def test_nothing_stays_open_when_a_response_cannot_begin() -> None:
     with pytest.raises(JournalError, match="open already"), link.generation([request("a"), request("a")]):
         pytest.fail("entered")
     assert len(link.journal) == 0
+
+
+def test_only_messages_of_the_engine_that_was_connected_to_count() -> None:
+    """An engine that had the office under another token may not attach it, refuse a request, or pass for alive."""
+    now = [0.0]
+    link, target = EngineLink("g", clock=lambda: now[0]), Target(7, cast(Any, None))
+    link._socket = cast(Any, Mock())
+    now[0] = 1.0
+    link._receive(Welcome(6), target)
+    assert (link.ready, link._last_message_at) == (False, 0.0)
+    link._receive(Welcome(7), target)
+    assert (link.ready, link._last_message_at) == (True, 1.0)
+    with link.generation([request("a")]) as generation:
+        now[0] = 2.0
+        for late in (Tokens(6, "a", 0, [5]), Outputs(6, [Tokens(6, "a", 0, [5])]), Rejected(6, "a", 503, "full")):
+            link._receive(late, target)
+        assert (list(generation._inbox), link._last_message_at) == ([], 1.0)
 
 
 def test_outputs_that_come_together_reach_each_its_own_response() -> None:
