@@ -39,7 +39,7 @@ def examine(model: Path | None, ranks: int, redundancy: float, hosts: int = 1) -
         _store,
         _checkpoint,
         _machine,
-        _gpus,
+        lambda: _gpus(ranks),
     ]
     if model is not None:
         checks.append(lambda: _model(model, ranks, redundancy, hosts))
@@ -179,7 +179,7 @@ def _machine() -> Iterator[Finding]:
     )
 
 
-def _gpus() -> Iterator[Finding]:
+def _gpus(ranks: int) -> Iterator[Finding]:
     try:
         found = probe()
     except ConfigError as error:
@@ -187,7 +187,7 @@ def _gpus() -> Iterator[Finding]:
         return
     yield from describe(found)
     yield from software(found)
-    yield from exchange(found)
+    yield from exchange(found, ranks)
 
 
 def _model(model: Path, ranks: int, redundancy: float, hosts: int) -> Iterator[Finding]:
@@ -207,7 +207,7 @@ def _model(model: Path, ranks: int, redundancy: float, hosts: int) -> Iterator[F
     yield from _coverage(placement, nodes, info.moe_layers, info.experts, info.expert_bytes("auto"))
     if hosts == 1:
         with suppress(ConfigError):  # `_gpus` has said it
-            yield from fits(probe().each, info, placement)
+            yield from fits(probe(), info, placement, redundancy)
 
 
 def _coverage(

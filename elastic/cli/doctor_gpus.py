@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 
 from elastic.cli.render import in_bytes
-from elastic.serve.gpu_memory import CONTEXT_BYTES, ModelMemory
+from elastic.serve.gpu_memory import CONTEXT_BYTES, GPU_TOKENS, ModelMemory, Plan
 from elastic.serve.gpus import Gpu, Gpus, exchange_slots, unlinked, usable
 from elastic.serve.model_check import Finding
 from elastic.serve.options import DEFAULTS
@@ -70,9 +70,9 @@ def software(gpus: Gpus, version_of: Callable[[str], str] = version) -> Iterator
         )  # fmt: skip
 
 
-def exchange(gpus: Gpus) -> Iterator[Finding]:
-    """How ranks' rows travel if `--gpu-exchange` is not given."""
-    slots, reason = exchange_slots(gpus)
+def exchange(gpus: Gpus, ranks: int) -> Iterator[Finding]:
+    """How so many ranks' rows travel if `--gpu-exchange` is not given."""
+    slots, reason = exchange_slots(gpus, ranks)
     if gpus.each:
         reason = reason or usable()
         said = f"over host memory: {reason}" if reason else f"between GPUs, of ranks 0 to {slots - 1}"
@@ -85,17 +85,24 @@ def _without(missing: Sequence[str]) -> str:
     return "KV blocks and experts end with their rank, and rows do not travel between GPUs"
 
 
-def fits(gpus: Sequence[Gpu], info: ModelInfo, placement: Placement) -> Iterator[Finding]:
-    """Whether each GPU has room for its ranks, which take GPUs in turn; with the default `--kv-blocks`."""
-    memory = ModelMemory.of(info)
+def fits(gpus: Gpus, info: ModelInfo, placement: Placement, redundancy: float) -> Iterator[Finding]:
+    """Whether each GPU has room for its ranks, which take GPUs in turn, also while one of them is dead; with the
+    default `--kv-blocks` and `--gpu-exchange`."""
+    memory, count = ModelMemory.of(info), len(gpus.each)
     cache = memory.kv_token * DEFAULTS["kv_blocks"] * DEFAULTS["block_size"]
+    slots, _ = (0, "") if usable() else exchange_slots(gpus, len(placement))
+    plan = Plan(len(placement), redundancy, gpu_exchange=slots, rows=GPU_TOKENS)
+    window, most = plan.window(info), plan.held(info.experts) * info.moe_layers * memory.expert
     held = {rank: sum(map(len, layers)) * memory.expert for rank, layers in placement.items()}
     copies = sum(held.values()) - memory.once
-    for gpu in gpus:
-        ranks = [rank for rank in placement if rank % len(gpus) == gpu.index]
-        needed = sum(memory.dense + held[rank] + cache + CONTEXT_BYTES for rank in ranks)
+    for gpu in gpus.each:
+        ranks = [rank for rank in placement if rank % count == gpu.index]
+        needed = sum(memory.dense + max(most, held[rank]) + window + cache + CONTEXT_BYTES for rank in ranks)
         parts = ", ".join(
-            f"rank {rank}: {in_bytes(memory.dense)} dense, {in_bytes(held[rank])} experts, {in_bytes(cache)} KV cache"
+            f"rank {rank}: {in_bytes(memory.dense)} dense, {in_bytes(held[rank])} experts"
+            + (f" and {in_bytes(most - held[rank])} more while another rank is dead" if most > held[rank] else "")
+            + (f", {in_bytes(window)} rows of others" if window else "")
+            + f", {in_bytes(cache)} KV cache"
             for rank in ranks
         )
         replicas = in_bytes(copies * sum(held[rank] for rank in ranks) / max(1, sum(held.values())))

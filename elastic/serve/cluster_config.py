@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from elastic.serve.gpu_memory import FLAG, Plan, kv_blocks
+from elastic.serve.gpu_memory import FLAG, GPU_TOKENS, Plan, kv_blocks
 from elastic.serve.gpus import exchange_slots, probe, usable
 from elastic.serve.model_check import require_model
 from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, InitOptions, ServeOptions, check_options
@@ -14,8 +14,6 @@ from membership.planning.cluster_facts import scale_refusal
 from membership.store.records import ClusterConfig
 from workers.model.content import small_files
 from workers.model.families import ModelInfo
-
-GPU_TOKENS = 2048  # of a rank and step: fewer are bound by reading the weights, and by how fast the host launches
 
 
 def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
@@ -80,7 +78,7 @@ def _gpu_exchange(options: ServeOptions | InitOptions, ranks: int) -> tuple[int,
     if isinstance(options, InitOptions) or options.advertise:
         return 0, "ranks are on several hosts; within one it takes --gpu-exchange"
     try:
-        slots, reason = exchange_slots(probe())
+        slots, reason = exchange_slots(probe(), ranks, options.max_ranks or 0)
     except ConfigError as error:
         return 0, str(error)
     reason = reason or usable()

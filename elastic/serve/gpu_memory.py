@@ -19,6 +19,8 @@ from workers.exchange.cuda.window import WindowShape
 from workers.model.families import ModelInfo
 
 CONTEXT_BYTES = 2 << 30  # of a rank: context, kernels, workspaces, activations; 1.2 to 2.2 GB were seen on H200s
+POOLS = 3  # of what experts compute: of steps that are not recorded, of those that are, of those without own rows
+GPU_TOKENS = 2048  # of a rank and step: fewer are bound by reading the weights, and by how fast the host launches
 FLAG = "--kv-cache-memory"
 
 
@@ -70,10 +72,12 @@ class Plan:
     rows: int = 0
 
     def window(self, info: ModelInfo) -> int:
-        """Bytes of a rank's window, and of what the rank packs and computes for it, which is as much again."""
+        """Bytes of a rank's window, and of what the rank packs and computes for as many rows as it has room for."""
         if not self.gpu_exchange:
             return 0
-        return 2 * WindowShape(self.gpu_exchange, info.experts, self.rows, info.hidden, info.top_k).offsets["bytes"]
+        shape = WindowShape(self.gpu_exchange, info.experts, self.rows, info.hidden, info.top_k)
+        computed = shape.room * (info.hidden + info.expert_width) * shape.element_bytes
+        return shape.offsets["bytes"] + shape.room * shape.row_bytes + POOLS * computed
 
     def held(self, experts: int) -> int:
         """Experts of a layer that a rank holds at most while one of the others is dead."""

@@ -118,15 +118,25 @@ def usable(version_of: Callable[[str], str] = version, found: Callable[[str], ob
     return ""
 
 
-def exchange_slots(gpus: Gpus) -> tuple[int, str]:
-    """Slots of ranks whose rows may travel between GPUs: as many as there are GPUs, so that each has one of its own.
-    0, and why, if they cannot.
+def exchange_slots(gpus: Gpus, ranks: int, most_ranks: int = 0) -> tuple[int, str]:
+    """Slots of ranks whose rows may travel between GPUs; 0, and why, if those of so many ranks cannot.
+
+    Each slot has a GPU of its own, and each takes memory on it. So they are as many as there are ranks, or may be
+    (`most_ranks`, if it is known), and not as many as there are GPUs.
     """
     if len(gpus.each) < 2:
         return 0, f"there {'is one GPU' if gpus.each else 'is no GPU'} here"
-    if apart := unlinked(gpus):
+    if (room := min(len(gpus.each), MOST_RANKS)) < ranks:
+        return 0, f"{ranks} ranks share {len(gpus.each)} GPUs" if room == len(gpus.each) else _too_many(ranks)
+    if (slots := min(room, max(ranks, most_ranks))) < 2:
+        return 0, "there is one rank; --max-ranks says that there may be more"
+    if apart := [pair for pair in unlinked(gpus) if max(pair) < slots]:
         return 0, f"no P2P between GPUs {', '.join(f'{a} and {b}' for a, b in apart)}"
-    return min(len(gpus.each), MOST_RANKS), ""
+    return slots, ""
+
+
+def _too_many(ranks: int) -> str:
+    return f"there are {ranks} ranks, and rows travel between {MOST_RANKS} GPUs at most"
 
 
 def _said(*arguments: str) -> str:

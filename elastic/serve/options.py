@@ -420,7 +420,7 @@ class ConfigOptions:
     gpu_exchange: int | None = option(
         None,
         "Rows travel between the GPUs of so many ranks of one host, 2 to 8 (0 = over host memory)."
-        " Default: as many as there are GPUs, if all reach one another by P2P.",
+        " Default: of all ranks, if each has a GPU of its own and all reach one another by P2P.",
         minimum=0,
         maximum=8,
     )

@@ -67,10 +67,14 @@ class GpuExchange:
         self._mapped: list[Mapped] = []  # for as long as this process lives: kernels know their addresses
         self._called_off = 0  # where kernels find that word; likewise, and CUDA takes its page once only
 
-    @property
-    def refusal(self) -> str:
-        """Why this rank's rows go over host memory; empty if they may travel between GPUs."""
-        return "" if self._shared is not None else self._refusal
+    def refusal(self, view: View) -> str:
+        """Why this rank's rows go over host memory in this view; empty if they may travel between GPUs."""
+        if self._shared is None:
+            return self._refusal
+        slots, nodes = self._ctx.config.gpu_exchange, {member.node for member in view.members}
+        if (last := max(view.ranks, default=0)) >= slots:
+            return f"rank {last} serves, too, and --gpu-exchange {slots} is for ranks 0 to {slots - 1}"
+        return f"ranks are on {len(nodes)} hosts" if len(nodes) > 1 else ""
 
     def open(self, runner: ModelRunner) -> None:
         """Map the windows of all slots, and make what uses them; in the thread that prepares. Never an error."""

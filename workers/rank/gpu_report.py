@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from membership.store.records import View
 from workers.protocol.device_note import DeviceNote, DeviceNotes
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ class GpuReport:
         self._notes, self._off, self._clock = notes, off or NOT_WANTED, clock
         self._due_at = 0.0
 
-    def rest(self, backend: Backend | None, exchange: GpuExchange | None) -> None:
+    def rest(self, backend: Backend | None, exchange: GpuExchange | None, view: View) -> None:
         """Call it often. What the device raises, it raises."""
         if backend is None or (now := self._clock()) < self._due_at:
             return
         self._due_at = now + EVERY_S
         if (gpu := backend.seen()) is not None:
-            refusal = self._off if exchange is None else exchange.refusal
+            refusal = self._off if exchange is None else exchange.refusal(view)
             gpu = msgspec.structs.replace(gpu, exchange="host" if refusal else "cuda", exchange_reason=refusal)
             self._notes.write(DeviceNote(gpu=gpu))

@@ -534,7 +534,7 @@ class EPWorker:
         """Compute what peers have asked for, and let go of what is not read any more. DeviceLost."""
         try:
             self._pools.rest()
-            self._gpu_report.rest(self._backend, self._gpu_exchange)
+            self._gpu_report.rest(self._backend, self._gpu_exchange, self._view)
             if self.exchange.pending():
                 self.exchange.serve()
         except Exception as error:

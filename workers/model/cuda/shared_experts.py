@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,7 @@ class SharedExperts:
         self._serving: dict[int, torch.cuda.CUDAGraph] = {}  # by how groups are computed, as is what was met
         self._able = True  # to record that
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool: Any = torch.cuda.graph_pool_handle()  # of all: no two run at once, and nothing of them is read
 
     def place(self, holders: Sequence[Sequence[int | None]]) -> None:
         """`holders[layer][expert]`: the rank that is asked for it. Those of this rank must be here. ModelError."""
@@ -121,7 +123,7 @@ class SharedExperts:
         self._stream.wait_stream(here)
         try:
             with torch.cuda.stream(self._stream):
-                graph.capture_begin(capture_error_mode="thread_local")  # another thread may load experts meanwhile
+                graph.capture_begin(self._pool, "thread_local")  # another thread may load experts meanwhile
                 try:
                     self._compute_nothing()
                 finally:

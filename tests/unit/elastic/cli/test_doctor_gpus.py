@@ -12,7 +12,7 @@ from elastic.cli.doctor import Finding, examine
 from elastic.cli.doctor_gpus import describe, exchange, fits, software
 from elastic.cli.render import in_bytes
 from elastic.demo.model import write_demo_model
-from elastic.serve.gpu_memory import kv_token_bytes
+from elastic.serve.gpu_memory import CONTEXT_BYTES, ModelMemory, Plan, kv_token_bytes
 from elastic.serve.gpus import Gpu, Gpus, probe, read_gpus
 from membership.placement.plan import plan
 from workers.model.families import read_model_info
@@ -112,9 +112,11 @@ def test_software_that_cannot_use_the_gpus_is_named(installed: dict[str, str], s
 def test_how_rows_travel_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elastic.cli.doctor_gpus.usable", lambda: "")
     one = read_gpus(LISTED.splitlines()[0], "", "")
-    found = [[each.message for each in exchange(gpus)] for gpus in (TWO, one, Gpus())]
+    asked = ((TWO, 2), (TWO, 4), (one, 2), (Gpus(), 2))
+    found = [[each.message for each in exchange(gpus, ranks)] for gpus, ranks in asked]
     assert found == [
         ["ranks' rows travel between GPUs, of ranks 0 to 1"],
+        ["ranks' rows travel over host memory: 4 ranks share 2 GPUs"],
         ["ranks' rows travel over host memory: there is one GPU here"],
         [],
     ]
@@ -130,7 +132,7 @@ def test_what_ranks_need_is_held_against_each_gpu(tmp_path: Path) -> None:
     info = read_model_info(model)
     placement = plan(info.moe_layers, info.experts, range(3), 2.0)
     large, small = (Gpu(i, "H200", "580", size, 0) for i, size in enumerate((100 << 30, 1 << 20)))
-    found = list(fits((large, small), info, placement))
+    found = list(fits(Gpus((large, small)), info, placement, 2.0))
     assert [(each.what, each.level) for each in found] == [("gpu 0 fit", "ok"), ("gpu 1 fit", "warn")]
     assert "--redundancy" in found[1].hint
     slots = {rank: sum(map(len, layers)) for rank, layers in placement.items()}
@@ -141,12 +143,36 @@ def test_what_ranks_need_is_held_against_each_gpu(tmp_path: Path) -> None:
     assert f"replicas take {in_bytes(here * expert / 2)} of that" in found[0].message, "each expert is there twice"
 
 
+def test_windows_and_the_experts_of_a_dead_rank_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What serves may lack the memory else, though doctor said that all is well."""
+    model = tmp_path / "demo"
+    write_demo_model(model)
+    info = read_model_info(model)
+    placement = plan(info.moe_layers, info.experts, range(2), 1.0)
+    expert, half = info.expert_bytes("auto"), info.moe_layers * info.experts // 2
+
+    def found(peers: frozenset[tuple[int, int]], missing: str = "") -> str:
+        monkeypatch.setattr("elastic.cli.doctor_gpus.usable", lambda: missing)
+        gpus = Gpus(tuple(Gpu(i, "H200", "580", 100 << 30, 0) for i in range(2)), peers)
+        return next(fits(gpus, info, placement, 1.0)).message
+
+    both = frozenset({(0, 1), (1, 0)})
+    window = Plan(2, 1.0, gpu_exchange=2, rows=2048).window(info)
+    assert f", {in_bytes(window)} rows of others," in found(both)
+    assert "rows of others" not in found(frozenset()) + found(both, "there is no Python package triton")
+    experts = in_bytes(half * expert)
+    assert f"{experts} experts and {experts} more while another rank is dead" in found(both)
+    memory = ModelMemory.of(info)
+    cache = memory.kv_token * 1024 * 16
+    assert f"need {in_bytes(memory.dense + 2 * half * expert + window + cache + CONTEXT_BYTES)} of" in found(both)
+
+
 def test_memory_that_others_use_is_said(tmp_path: Path) -> None:
     model = tmp_path / "demo"
     write_demo_model(model)
     info = read_model_info(model)
     placement = plan(info.moe_layers, info.experts, range(1), 1.0)
-    (found,) = fits((Gpu(0, "H200", "580", 8 << 30, 7 << 30),), info, placement)
+    (found,) = fits(Gpus((Gpu(0, "H200", "580", 8 << 30, 7 << 30),)), info, placement, 1.0)
     assert (found.level, "nvidia-smi" in found.hint) == ("warn", True)
     assert "1.07 GB are free" in found.message
 
@@ -158,7 +184,7 @@ def test_a_gpu_without_room_for_a_dead_rank_s_cache_is_named(tmp_path: Path) -> 
     placement = plan(info.moe_layers, info.experts, range(1), 1.0)
 
     def found(size: int) -> Finding:
-        return next(fits((Gpu(0, "H200", "580", size, 0),), info, placement))
+        return next(fits(Gpus((Gpu(0, "H200", "580", size, 0),)), info, placement, 1.0))
 
     low, high = 1 << 20, 1 << 40  # too little, and enough for all
     while high - low > 1 << 16:

@@ -60,6 +60,15 @@ def test_what_weights_leave_is_shared_out(info: ModelInfo, plan: Plan, gpus: int
     assert all_of(found) <= 0.9 * H200.total < all_of(found + 1)
 
 
+def test_what_is_computed_for_others_has_room(info: ModelInfo) -> None:
+    """Three banks of rows in the window and a packed one; and for each of three pools of the allocator the results
+    of both products."""
+    shape = replace(info, hidden=2048, expert_width=768, top_k=8, experts=128)
+    room = 2 * 2048 * 8
+    words = 3 * 2 * 128 * 8
+    assert Plan(2, 1.0, gpu_exchange=2, rows=2048).window(shape) == room * 2 * (4 * 2048 + 3 * (2048 + 768)) + words
+
+
 def test_the_smallest_gpu_decides(info: ModelInfo) -> None:
     small = replace(H200, index=1, total=20 * GB)
     both, alone = (kv_blocks(0.9, gpus, info, Plan(2, 2.0), 16, 64) for gpus in ([H200, small], [small, small]))

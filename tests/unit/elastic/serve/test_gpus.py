@@ -28,17 +28,28 @@ def machine(count: int, *apart: tuple[int, int]) -> Gpus:
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("found", "ranks", "expected"),
     [
-        (machine(0), (0, "there is no GPU here")),
-        (machine(1), (0, "there is one GPU here")),
-        (machine(2), (2, "")),
-        (machine(3, (2, 0)), (0, "no P2P between GPUs 0 and 2")),
-        (machine(16), (8, "")),
+        (machine(0), 2, (0, "there is no GPU here")),
+        (machine(1), 2, (0, "there is one GPU here")),
+        (machine(2), 2, (2, "")),
+        (machine(2), 4, (0, "4 ranks share 2 GPUs")),
+        (machine(3, (2, 0)), 3, (0, "no P2P between GPUs 0 and 2")),
+        (machine(3, (2, 0)), 2, (2, "")),
+        (machine(8), 1, (0, "there is one rank; --max-ranks says that there may be more")),
+        (machine(16), 8, (8, "")),
+        (machine(16), 9, (0, "there are 9 ranks, and rows travel between 8 GPUs at most")),
     ],
 )
-def test_each_rank_has_a_gpu_of_its_own(found: Gpus, expected: tuple[int, str]) -> None:
-    assert exchange_slots(found) == expected
+def test_each_rank_has_a_gpu_of_its_own(found: Gpus, ranks: int, expected: tuple[int, str]) -> None:
+    assert exchange_slots(found, ranks) == expected
+
+
+def test_gpus_without_a_rank_are_left_alone() -> None:
+    """A window takes memory of its slot's GPU, which others may use or have filled."""
+    assert exchange_slots(machine(8), 2) == (2, "")
+    assert exchange_slots(machine(8), 2, 4) == (4, "")
+    assert exchange_slots(machine(8), 1, 64) == (8, "")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +82,11 @@ def test_rows_travel_between_gpus_where_they_can(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "usable", lambda: "")
     config = cluster_config(OPTIONS)
     assert (config.gpu_exchange, config.gpu_exchange_reason, config.max_batched_tokens) == (2, "", 2048)
-    assert cluster_config(replace(OPTIONS, ranks=4)).gpu_exchange == 2, "views of two ranks use it"
+    shared = cluster_config(replace(OPTIONS, ranks=4))
+    assert (shared.gpu_exchange, shared.gpu_exchange_reason) == (0, "4 ranks share 2 GPUs")
+    monkeypatch.setattr(module, "probe", lambda: machine(8))
+    assert [cluster_config(replace(OPTIONS, max_ranks=most)).gpu_exchange for most in (None, 4)] == [2, 4]
+    monkeypatch.setattr(module, "probe", lambda: machine(2))
     for options, why in (
         (replace(OPTIONS, device=Device.CPU), "ranks compute on the CPU"),
         (replace(OPTIONS, advertise="10.0.0.1"), "ranks are on several hosts"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from membership.store.records import View
+from membership.store.records import Member, View
 from tests.support.rank_model import config
 from workers.protocol.messages import StepBatch
 from workers.rank.gpu_exchange import Apart, GpuExchange, holders_of
@@ -27,6 +27,12 @@ def test_a_rank_asks_itself_first_and_the_others_by_turns() -> None:
 def test_a_rank_that_is_not_live_is_not_asked_and_what_nobody_has_is_nowhere() -> None:
     assert holders_of(PLACED, {0, 2}, 2, (2, 3)) == [[0, 2, None], [2, None, 2]]
     assert holders_of({}, {0}, 0, (1, 2)) == [[None, None]]
+
+
+def view_of(*nodes: str) -> View:
+    """A rank on each of these."""
+    members = tuple(Member(rank=rank, incarnation=9, node=node) for rank, node in enumerate(nodes))
+    return View(epoch=1, members=members)
 
 
 def test_a_second_try_goes_on_where_the_first_one_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,14 +66,17 @@ def test_a_second_try_goes_on_where_the_first_one_failed(monkeypatch: pytest.Mon
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
     info = SimpleNamespace(top_k=2, moe_layers=2)
     loaded = SimpleNamespace(backend=backend, info=info, model=model, expert_modules=[None])
-    moe = SimpleNamespace(shared=None)
-    runner: Any = SimpleNamespace(loaded=loaded, dtype=torch.bfloat16, moe=moe, bank=None)
+    moe, products = SimpleNamespace(shared=None), SimpleNamespace(kernels=None)
+    runner: Any = SimpleNamespace(loaded=loaded, dtype=torch.bfloat16, moe=moe, bank=None, products=products)
     exchange = GpuExchange(ctx)
     exchange.open(runner)
     assert moe.shared is None
     exchange.open(runner)
     assert moe.shared is made
     assert (made.reach.windows, made.reach.called_off) == ([0, 1], (1 << 40) + 2048)
+    said = [exchange.refusal(view_of(*nodes)) for nodes in ((), ("a",), ("a", "a"), ("a", "a", "a"), ("a", "b"))]
+    assert said[:3] == ["", "", ""]
+    assert said[3:] == ["rank 2 serves, too, and --gpu-exchange 2 is for ranks 0 to 1", "ranks are on 2 hosts"]
 
 
 def test_without_a_gpu_it_says_why() -> None:

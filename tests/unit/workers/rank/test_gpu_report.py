@@ -6,11 +6,12 @@ from typing import Any, cast
 
 import pytest
 
-from membership.store.records import GpuUse
+from membership.store.records import GpuUse, View
 from workers.protocol.device_note import NOTHING, DeviceNotes
 from workers.rank.gpu_report import EVERY_S, NOT_WANTED, GpuReport
 
 pytestmark = pytest.mark.unit
+VIEW = View(epoch=1)
 
 
 class Device:
@@ -26,7 +27,10 @@ class Device:
 
 class Exchange:
     def __init__(self, refusal: str) -> None:
-        self.refusal = refusal
+        self._refusal = refusal
+
+    def refusal(self, view: View) -> str:
+        return self._refusal
 
 
 @pytest.mark.parametrize(
@@ -39,7 +43,7 @@ class Exchange:
 )
 def test_the_note_has_the_gpu_and_how_rows_travel(exchange: Any, said: tuple[str, str]) -> None:
     notes, device = DeviceNotes(), Device(GpuUse(index=1, uuid="u", free=2, total=9))
-    GpuReport(notes, "there is one GPU here").rest(cast("Any", device), exchange)
+    GpuReport(notes, "there is one GPU here").rest(cast("Any", device), exchange, VIEW)
     gpu = notes.read().gpu
     assert gpu is not None
     assert (gpu.index, gpu.free, gpu.exchange, gpu.exchange_reason) == (1, 2, *said)
@@ -49,16 +53,16 @@ def test_the_device_is_not_asked_in_each_step() -> None:
     now = [100.0]
     notes, device = DeviceNotes(), Device(GpuUse(index=0, uuid="u", free=2, total=9))
     report = GpuReport(notes, clock=lambda: now[0])
-    report.rest(None, None)  # it has none yet
+    report.rest(None, None, VIEW)  # it has none yet
     for turn in range(1000):
         now[0] = 100.0 + turn * EVERY_S / 500
-        report.rest(cast("Any", device), None)
+        report.rest(cast("Any", device), None, VIEW)
     assert device.asked == 2
 
 
 def test_an_exchange_that_is_switched_off_is_called_so() -> None:
     notes = DeviceNotes()
-    GpuReport(notes).rest(cast("Any", Device(GpuUse(index=1, uuid="u", free=2, total=9))), None)
+    GpuReport(notes).rest(cast("Any", Device(GpuUse(index=1, uuid="u", free=2, total=9))), None, VIEW)
     gpu = notes.read().gpu
     assert gpu is not None
     assert gpu.exchange_reason == NOT_WANTED
@@ -66,5 +70,5 @@ def test_an_exchange_that_is_switched_off_is_called_so() -> None:
 
 def test_a_rank_without_a_gpu_says_nothing() -> None:
     notes = DeviceNotes()
-    GpuReport(notes).rest(cast("Any", Device(None)), None)
+    GpuReport(notes).rest(cast("Any", Device(None)), None, VIEW)
     assert notes.read() == NOTHING
