@@ -58,17 +58,18 @@ def run(bank: ExpertBank, layer: int, works: Sequence[Work], dtype: int, device:
         row_of, place = _pad(row_of, counts, sizes)
         places = [place if p is None else place[p] for p in places]
     gathered = torch.from_numpy(rows.take(row_of, 0)).view(DTYPES[dtype][0])
-    if device.type != "cpu":
-        gathered = gathered.to(device)
     compute = _compute if device.type != "cpu" or gathered.numel() <= TOGETHER else _one_by_one
-    whole = compute(bank, layer, experts, sizes, gathered)
-    return Outputs(bits(whole.cpu().contiguous()), places)
+    whole = compute(bank, layer, experts, sizes, gathered, device)
+    return Outputs(bits(whole.contiguous()), places)
 
 
-def _compute(bank: ExpertBank, layer: int, experts: Sequence[int], sizes: Sequence[int], rows: Tensor) -> Tensor:
-    """All experts in one call; one by one if that fails, so that only the failing expert is refused."""
+def _compute(
+    bank: ExpertBank, layer: int, experts: Sequence[int], sizes: Sequence[int], rows: Tensor, device: torch.device
+) -> Tensor:
+    """All experts in one call; one by one if that fails, so that only the failing expert is refused: also if there is
+    no room for the rows on the device, where fewer at a time need less."""
     try:
-        outputs = bank.compute_many(layer, experts, sizes, rows)
+        outputs = bank.compute_many(layer, experts, sizes, rows.to(device)).cpu()
         if outputs.shape != rows.shape or outputs.dtype != rows.dtype:
             raise ModelError(f"{outputs.dtype}{list(outputs.shape)} for {rows.dtype}{list(rows.shape)}")
     except Exception as error:
@@ -77,12 +78,14 @@ def _compute(bank: ExpertBank, layer: int, experts: Sequence[int], sizes: Sequen
         log.warning("experts_failed_together", layer=layer, experts=experts, error=repr(error))
     else:
         return outputs
-    return _one_by_one(bank, layer, experts, sizes, rows)
+    return _one_by_one(bank, layer, experts, sizes, rows, device)
 
 
-def _one_by_one(bank: ExpertBank, layer: int, experts: Sequence[int], sizes: Sequence[int], rows: Tensor) -> Tensor:
+def _one_by_one(
+    bank: ExpertBank, layer: int, experts: Sequence[int], sizes: Sequence[int], rows: Tensor, device: torch.device
+) -> Tensor:
     parts = zip(experts, sizes, torch.split_with_sizes(rows, list(sizes)), strict=True)
-    return torch.cat([_compute(bank, layer, [expert], [size], part) for expert, size, part in parts])
+    return torch.cat([_compute(bank, layer, [expert], [size], part, device) for expert, size, part in parts])
 
 
 def _together(works: Sequence[Work]) -> tuple[Work, list[Ints | None]]:

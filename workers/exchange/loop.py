@@ -261,7 +261,7 @@ class Exchange:
         try:
             self._place(ctx, call, call.redo)
         except CoverageLost:
-            raise error from None
+            raise error from error.__cause__
 
     def _stirred(self, call: Call) -> bool:
         """Whether there is a reason to stop sleeping: a request, an answer, the loss of a peer, or something unsent."""

@@ -1,9 +1,10 @@
 """What follows when a rank's device fails it: the work may be tried again, or the process has to end.
 
 A device that is lost takes no more work from this process. A lack of memory is no such thing: what torch holds in
-reserve is given back, and the step runs again. If that lacks memory, too, or if a rank that does not serve yet cannot
-load, it ends with that reason; after several such ends in a row its slot is set aside (`agent/exits.py`), since a new
-process needs as much. A rank that serves and cannot load more keeps what it has.
+reserve is given back, and the step runs again; rows of peers are refused, and go elsewhere. If the next one lacks
+memory, too, or if a rank that does not serve yet cannot load, it ends with that reason; after several such ends in a
+row its slot is set aside (`agent/exits.py`), since a new process needs as much. A rank that serves and cannot load more
+keeps what it has.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from membership.base.errors import DeviceFull, DeviceLost, OutOfDeviceMemory
 if TYPE_CHECKING:
     from workers.model.backend import Backend
 
-MOST_SHORT = 2  # steps in a row for which there was too little memory
+MOST_SHORT = 2  # steps in a row, or answers to peers, for which there was too little memory
 WHAT_TO_CHANGE = "lower --kv-cache-memory or --kv-blocks, --max-model-len or --redundancy, or use more GPUs"
 
 
@@ -24,6 +25,8 @@ class DeviceHealth:
 
     def __init__(self) -> None:
         self._short = 0
+        self._refusal: BaseException | None = None  # for want of memory, since the last answer to peers
+        self._refusals = 0  # answers in a row with one
         self._ending: DeviceLost | None = None
 
     def step_done(self) -> None:
@@ -44,6 +47,21 @@ class DeviceHealth:
         except DeviceLost as lost:
             self._ending = lost
 
+    def refused(self, backend: Backend | None, error: BaseException) -> None:
+        """Rows were refused for this. See `answered`; `require`, if the device is lost."""
+        try:
+            if _lacks_memory(backend, error):
+                self._refusal = error
+        except DeviceLost as lost:
+            self._ending = lost
+
+    def answered(self) -> None:
+        """What peers had asked for beside a step is answered. DeviceFull, if they are refused for want of memory."""
+        refusal, self._refusal = self._refusal, None
+        self._refusals = self._refusals + 1 if refusal is not None else 0
+        if refusal is not None and self._refusals == MOST_SHORT:
+            raise _full(refusal) from refusal
+
     def require(self) -> None:
         """DeviceLost, if the process has to end for what `beside` found."""
         if self._ending is not None:
@@ -51,9 +69,13 @@ class DeviceHealth:
 
 
 def _lacks_memory(backend: Backend | None, error: BaseException) -> bool:
-    """DeviceLost, if nothing else will do either."""
-    short = backend.check(error) if backend is not None else False
-    return short or isinstance(error, OutOfDeviceMemory)
+    """DeviceLost, if nothing else will do either. What was raised may only wrap what the device said."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if (backend is not None and backend.check(cause)) or isinstance(cause, OutOfDeviceMemory):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _full(error: BaseException) -> DeviceFull:

@@ -5,11 +5,13 @@ Asking the driver takes some tens of microseconds, so it is not done in each ste
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
+import structlog
 
 from membership.store.records import View
 from workers.protocol.device_note import DeviceNote, DeviceNotes
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from workers.model.backend import Backend
     from workers.rank.gpu_exchange import GpuExchange
 
+log = structlog.get_logger(__name__)
+
 EVERY_S = 2.0
 NOT_WANTED = "served with --gpu-exchange 0"
 
@@ -25,16 +29,31 @@ NOT_WANTED = "served with --gpu-exchange 0"
 class GpuReport:
     """Of one rank process."""
 
-    def __init__(self, notes: DeviceNotes, off: str = "", clock: Callable[[], float] = time.monotonic) -> None:
-        """`off`: why there is no exchange between GPUs, where it is known."""
+    def __init__(
+        self,
+        notes: DeviceNotes,
+        off: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        after: Callable[[BaseException], object] = lambda error: None,
+    ) -> None:
+        """`off`: why there is no exchange between GPUs, where it is known. `after` looks at what fails."""
         self._notes, self._off, self._clock = notes, off or NOT_WANTED, clock
         self._due_at = 0.0
+        self._after = after
 
     def rest(self, backend: Backend | None, exchange: GpuExchange | None, view: View) -> None:
-        """Call it often. What the device raises, it raises."""
+        """Call it often. It raises nothing: a rank that can go on must not end for the mere report, which ends."""
         if backend is None or (now := self._clock()) < self._due_at:
             return
         self._due_at = now + EVERY_S
+        try:
+            self._report(backend, exchange, view)
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            self._after(error)
+            self._due_at = math.inf
+            log.warning("gpu_not_reported", error=repr(error))
+
+    def _report(self, backend: Backend, exchange: GpuExchange | None, view: View) -> None:
         if (gpu := backend.seen()) is not None:
             refusal = self._off if exchange is None else exchange.refusal(view)
             gpu = msgspec.structs.replace(gpu, exchange="host" if refusal else "cuda", exchange_reason=refusal)

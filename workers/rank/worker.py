@@ -185,7 +185,7 @@ class EPWorker:
         self._latest: Preparation | None = None
         self._engine_token = 0
         self._load_turns = LoadTurns()
-        self._gpu_report = GpuReport(ctx.notes, ctx.config.gpu_exchange_reason)
+        self._gpu_report = GpuReport(ctx.notes, ctx.config.gpu_exchange_reason, after=self.after)
         self._health = DeviceHealth()
         self._left: set[RankId] = set()  # members of earlier views since the last retire_epoch
 
@@ -217,11 +217,12 @@ class EPWorker:
         from workers.model.devices import open_backend
 
         ctx = self._ctx
-        self._backend = open_backend(ctx.config.device, ctx.incarnation if ctx.rank == NO_SLOT else ctx.rank)
+        with self._looked_at():
+            self._backend = open_backend(ctx.config.device, ctx.incarnation if ctx.rank == NO_SLOT else ctx.rank)
         self._backend.pool_fd = self._ctx.pool_fd
         self._pools = LeftPools(self._ctx.pools, map_on(self._backend.device.index or 0))
         torch.set_num_threads(1)
-        self.exchange.device, self.exchange.failed = self._backend.device, self.after
+        self.exchange.device, self.exchange.failed = self._backend.device, partial(self._health.refused, self._backend)
         log.info(
             "device_taken", rank=self.rank, device=str(self._backend.device), took_s=round(time.monotonic() - began, 3)
         )
@@ -233,11 +234,8 @@ class EPWorker:
 
     def load_model(self) -> None:
         """Load everything but the experts. In any thread."""
-        try:
+        with self._looked_at():
             self._load_model()
-        except Exception as error:
-            self.after(error)
-            raise
 
     def _load_model(self) -> None:
         import torch
@@ -334,8 +332,7 @@ class EPWorker:
         older = None
         for epoch, preparation in list(self._preparing.items()):
             if preparation.running:
-                preparation.stop()
-                older = preparation
+                (older := preparation).stop()
             if not preparation.ready or epoch == view.epoch:
                 del self._preparing[epoch]
         others = {rank: peer for rank, peer in peers.items() if rank != self.rank}
@@ -446,7 +443,17 @@ class EPWorker:
 
     def after(self, error: BaseException) -> None:
         """Work beside a step has failed with this. If the device has, `poll` says so: the process has to end."""
-        self._health.beside(self._backend, error, serving=self._view.epoch > 0)
+        prepared = any(each.ready for each in list(self._preparing.values()))  # the view in use is one till a step
+        self._health.beside(self._backend, error, serving=prepared or self._view.epoch > 0)
+
+    @contextmanager
+    def _looked_at(self) -> Iterator[None]:
+        """Work beside a step."""
+        try:
+            yield
+        except Exception as error:
+            self.after(error)
+            raise
 
     def _idle_cores(self, batch: StepBatch) -> int:
         """How many cores this rank may take in a step: others of its host compute beside it, or compute for it."""
@@ -464,11 +471,8 @@ class EPWorker:
         """Write out KV blocks for a peer, or take in those that it has written or left for us; how many."""
         if self._runner is None:
             raise ConfigError("copy_blocks before load_model")
-        try:
+        with self._looked_at():
             return self._copy_blocks(self._runner, order)
-        except Exception as error:
-            self.after(error)
-            raise
 
     def _copy_blocks(self, runner: ModelRunner, order: CopyBlocks) -> int:
         if order.there:
@@ -537,6 +541,7 @@ class EPWorker:
             self._gpu_report.rest(self._backend, self._gpu_exchange, self._view)
             if self.exchange.pending():
                 self.exchange.serve()
+                self._health.answered()
         except Exception as error:
             self.after(error)
             self._health.require()
@@ -550,7 +555,8 @@ class EPWorker:
         self.exchange = self.make_exchange()
         self._gpu_exchange = GpuExchange(self._ctx) if self._ctx.config.gpu_exchange else None
         if self._backend is not None:
-            self.exchange.device, self.exchange.failed = self._backend.device, self.after
+            refused = partial(self._health.refused, self._backend)
+            self.exchange.device, self.exchange.failed = self._backend.device, refused
         if self._runner is not None:
             self._runner.attach(self.exchange)
             self._runner.loaded.source.room = None  # that of the rank's slot, once it loads

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from triton.runtime.errors import OutOfResources
 
 from membership.base.enums import Exactness
-from membership.base.errors import DeviceLost, ModelError, RankFailed
+from membership.base.errors import DeviceLost, ModelError, OutOfDeviceMemory, RankFailed
 from membership.store.records import GpuUse
 from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec, HeldExperts, MoeBoundary, StepFunction
 from workers.model.calibrations import Calibrations
@@ -36,6 +36,17 @@ from workers.model.row_tiles import RowTiles
 
 log = structlog.get_logger(__name__)
 
+NO_MEMORY = "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+"""In what is raised for want of a device's memory where no allocator of torch was asked: a context, a kernel's code, a
+library's own memory."""
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    said = str(error)
+    if isinstance(error, RankFailed):  # of our own allocator; others' words may be of another device
+        return FULL in said
+    return isinstance(error, RuntimeError) and any(each in said for each in NO_MEMORY)
+
 
 class CudaBackend:
     """Satisfies `Backend`. With a CPU it needs Triton's interpreter, as the tests have it."""
@@ -46,7 +57,12 @@ class CudaBackend:
         self._kernels: ExpertKernels | None = None  # of this model's experts, whichever way they are called
         self._recorded: list[int] = []  # rows of each step that was
         self._recorded_at = 0.0
-        self.enter_thread()
+        try:
+            self.enter_thread()
+        except RuntimeError as error:
+            if _lacks_memory(error):
+                raise OutOfDeviceMemory(f"{device}: {error}") from error
+            raise
 
     def enter_thread(self) -> None:
         """Triton launches on the GPU of the thread, whatever it is given; using another makes a context there."""
@@ -70,11 +86,13 @@ class CudaBackend:
             return False
         try:
             torch.cuda.current_stream(self.device).query()
-            short = isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RankFailed) and FULL in str(error))
+            short = _lacks_memory(error)
             if short:
                 torch.cuda.empty_cache()
             return short
         except RuntimeError as failed:
+            if _lacks_memory(failed):  # there is no room for a context, either
+                return True
             raise DeviceLost(f"{self.device}: {str(failed).splitlines()[0]}") from error
 
     def seen(self) -> GpuUse | None:

@@ -385,6 +385,47 @@ def test_a_step_without_memory_is_run_again_and_the_second_time_ends_the_rank(wo
         worker.execute_model(batch(1))
 
 
+@pytest.mark.parametrize("wanted_by", ["its own step", "a peer"])
+def test_experts_without_memory_are_counted_like_a_step(
+    worker: TestedWorker, monkeypatch: pytest.MonkeyPatch, wanted_by: str
+) -> None:
+    """What says so is wrapped in the name of the expert."""
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(60.0)
+
+    def short(*_: object) -> None:
+        raise OutOfDeviceMemory("tried to allocate 3 GiB")
+
+    def one_turn() -> None:
+        if wanted_by == "a peer":
+            worker.poll()
+        else:
+            result = worker.execute_model(batch(1))
+            assert result is not None
+            assert result.status is StepStatus.FAILED
+
+    def refuses() -> int:
+        worker.exchange.failed(OutOfDeviceMemory("tried to allocate 3 GiB"))
+        return 1
+
+    monkeypatch.setattr(worker.bank, "compute_many", short)
+    monkeypatch.setattr(worker.exchange, "pending", lambda: wanted_by == "a peer")
+    monkeypatch.setattr(worker.exchange, "serve", refuses)
+    one_turn()
+    with pytest.raises(DeviceFull, match="tried to allocate 3 GiB"):
+        one_turn()
+
+
+def test_a_newcomer_that_cannot_take_its_device_ends(worker: TestedWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OutOfDeviceMemory("cuda:0: no room for a context")
+
+    monkeypatch.setattr("workers.model.devices.open_backend", full)
+    with pytest.raises(OutOfDeviceMemory):
+        worker.init_device()
+    with pytest.raises(DeviceFull, match="no room for a context"):
+        worker.poll()
+
+
 def test_a_newcomer_without_memory_for_its_experts_ends(worker: TestedWorker) -> None:
     worker.script.fail = OutOfDeviceMemory("tried to allocate 9 GiB")
     with pytest.raises(OutOfDeviceMemory):
@@ -393,11 +434,14 @@ def test_a_newcomer_without_memory_for_its_experts_ends(worker: TestedWorker) ->
         worker.poll()
 
 
-def test_a_member_without_memory_for_more_experts_serves_on(worker: TestedWorker) -> None:
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_member_without_memory_for_more_experts_serves_on(worker: TestedWorker, steps: int) -> None:
+    """Also one whose cluster has had no request yet."""
     worker.prepare_epoch(view(1, WHOLE), {}).get_output(60.0)
-    result = worker.execute_model(batch(1))
-    assert result is not None
-    assert result.status is StepStatus.OK
+    for _ in range(steps):
+        result = worker.execute_model(batch(1))
+        assert result is not None
+        assert result.status is StepStatus.OK
     worker.script.fail = OutOfDeviceMemory("tried to allocate 9 GiB")
     with pytest.raises(OutOfDeviceMemory):
         worker.prepare_epoch(view(2, WHOLE), {}).get_output(60.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from membership.base.errors import DeviceLost, RankFailed
+from membership.base.errors import DeviceLost, OutOfDeviceMemory, RankFailed
 
 pytest.importorskip("triton")
 
@@ -33,6 +33,10 @@ class Stream:
         ("", torch.OutOfMemoryError("CUDA out of memory"), True, ""),
         ("", RankFailed("CUDA's driver: CUDA_ERROR_OUT_OF_MEMORY"), True, ""),
         ("", RankFailed("CUDA's driver: CUDA_ERROR_INVALID_VALUE"), False, ""),
+        ("", RankFailed("rank 1: layer 0, expert 2: CUDA out of memory"), False, ""),
+        ("", RuntimeError("CUDA error: out of memory\nCompile with ..."), True, ""),
+        ("", RuntimeError("Triton Error [CUDA]: out of memory"), True, ""),
+        ("", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, ""),
         ("unspecified launch failure", RuntimeError("whatever came first"), False, "unspecified launch failure"),
         ("unspecified launch failure", torch.OutOfMemoryError("it cannot tell"), False, "unspecified launch failure"),
     ],
@@ -53,3 +57,16 @@ def test_only_an_error_that_stays_ends_the_rank(
     else:
         assert backend.check(error) == given_back
     assert calls == ["empty_cache"] * given_back
+
+
+def test_a_device_without_room_for_a_context_is_full_and_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "set_device", full)
+    with pytest.raises(OutOfDeviceMemory, match="cuda:1"):
+        CudaBackend(torch.device("cuda:1"))
+    backend = CudaBackend(torch.device("cpu"))
+    backend.device = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("out of memory"))
+    assert backend.check(RuntimeError("whatever"))

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from membership.base.errors import DeviceFull, DeviceLost, OutOfDeviceMemory
+from membership.base.errors import DeviceFull, DeviceLost, OutOfDeviceMemory, RankFailed
 from workers.rank.device_health import WHAT_TO_CHANGE, DeviceHealth
 
 pytestmark = pytest.mark.unit
@@ -68,4 +68,34 @@ def test_a_rank_that_cannot_load_ends_and_one_that_serves_keeps_what_it_has() ->
     health.require()
     health.beside(None, SHORT, serving=False)
     with pytest.raises(DeviceFull, match="out of device memory"):
+        health.require()
+
+
+def test_a_lack_of_memory_is_one_whatever_wraps_it() -> None:
+    wrapped = RankFailed("layer 0, expert 3")
+    wrapped.__cause__ = SHORT
+    health = DeviceHealth()
+    health.in_step(device(), wrapped)
+    with pytest.raises(DeviceFull, match="layer 0, expert 3"):
+        health.in_step(device(), wrapped)
+
+
+@pytest.mark.parametrize("error", [SHORT, OTHER])
+def test_a_rank_that_refuses_its_peers_for_want_of_memory_twice_in_a_row_ends(error: Exception) -> None:
+    health = DeviceHealth()
+    for _ in range(3):
+        health.refused(device(), error)
+        health.answered()
+        health.answered()
+    health.refused(device(), error)
+    health.answered()
+    health.refused(device(), error)
+    health.refused(device(), error)
+    if error is SHORT:
+        with pytest.raises(DeviceFull, match="out of device memory"):
+            health.answered()
+    else:
+        health.answered()
+    health.refused(device(lost=True), OTHER)
+    with pytest.raises(DeviceLost, match="launch failure"):
         health.require()

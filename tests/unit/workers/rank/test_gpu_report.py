@@ -72,3 +72,15 @@ def test_a_rank_without_a_gpu_says_nothing() -> None:
     notes = DeviceNotes()
     GpuReport(notes).rest(cast("Any", Device(None)), None, VIEW)
     assert notes.read() == NOTHING
+
+
+def test_a_report_that_fails_is_looked_at_and_ends_without_the_rank() -> None:
+    now, errors = [100.0], list[BaseException]()
+    notes, device = DeviceNotes(), Device(GpuUse(index=0, uuid="u" * 5000, free=2, total=9))
+    report = GpuReport(notes, clock=lambda: now[0], after=errors.append)
+    for _ in range(3):
+        report.rest(cast("Any", device), None, VIEW)
+        now[0] += EVERY_S
+    assert len(errors) == 1
+    assert device.asked == 1
+    assert notes.read() == NOTHING
