@@ -418,15 +418,15 @@ class Agent:
         key, revision = effect.key, effect.revision
         if decide.replaced(self._ranks[key], revision):
             return
-        found = dict(result) if isinstance(result, dict) else {}
-        digests = found.pop("expert_digests", ())
+        digests = (found := dict(result) if isinstance(result, dict) else {}).pop("expert_digests", ())
         if not error and (error := self._refused(key, digests)) and key not in self._members():
             self._refuse(key, error)
         elif error:
             self._emit("rank_prepare_failed", key, revision=revision, error=error)
             self._update(key, failed_revision=revision, prepare_error=error)
         else:
-            done = {"prepared_revision": revision, "prepare_error": "", "expert_digests": digests}
+            at = self._ranks[key].prepared_at or self._wall()
+            done = {"prepared_revision": revision, "prepared_at": at, "prepare_error": "", "expert_digests": digests}
             self._ranks[key] = replace(self._ranks[key], **done)
             self._unreported.setdefault(key, self._clock())
             self._emit("rank_prepared", key, revision=revision, **found)
@@ -474,10 +474,10 @@ class Agent:
 
     def _bury(self, key: RankId, reason: str, **how: bool) -> None:
         """The rank is dead: its record goes at once, together with the restart policy's verdict."""
-        del self._ranks[key]
+        prepared_at = self._ranks.pop(key).prepared_at
         self._heartbeats.pop(key, None)
         self._buried.add(key)
-        verdict = self._exits.died(key, reason, self._mirror.state().exits, self._wall(), **how)
+        verdict = self._exits.died(key, reason, self._mirror.state().exits, self._wall(), prepared_at, **how)
         self._registrar.withdraw(key, verdict)
         if verdict.quarantined:
             self._emit("rank_quarantined", key, reason=verdict.reason)

@@ -52,6 +52,7 @@ class LocalRank:
     loaded: bool = False  # device and model; experts come with a view
     preparing_revision: int = 0
     prepared_revision: int = 0
+    prepared_at: float = 0.0  # the first time that it had prepared a view
     failed_revision: int = 0
     prepare_error: str = ""
     retired: tuple[int, int] = (0, 0)  # (epoch, prepared revision) at the last retire_epoch

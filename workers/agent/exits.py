@@ -41,12 +41,13 @@ class Exits:
         reason: str,
         stored: Mapping[int, RankExit],
         now: float,
+        prepared_at: float = 0.0,
         *,
         refused: bool = False,
         device_full: bool = False,
     ) -> RankExit:
         """The exit record of a rank that is dead; `stored` are the records in the store. `device_full`: it ended for
-        want of its device's memory."""
+        want of its device's memory. `prepared_at`: since when it could serve; 0.0: it never could."""
         slot = key.rank
         last = self._records.get(slot) or stored.get(slot)
         deaths = counted(self._deaths.get(slot, ()), stored.get(slot))
@@ -54,7 +55,9 @@ class Exits:
             reason = f"{how}; {reason}"
         restarts = last.restarts if last else 0
         record = exit_record(self._policy, key, reason, deaths, restarts, now, self._chance.random())
-        self._full[slot] = full = (*counted(self._full.get(slot, ()), stored.get(slot)), now) if device_full else ()
+        served = 0.0 < prepared_at <= now - self._policy.window_s  # so long that what its slot needs did fit
+        before = () if served else counted(self._full.get(slot, ()), stored.get(slot))
+        self._full[slot] = full = (*before, now) if device_full else ()
         if len(full) >= FULL_DEATHS and not record.quarantined:
             record = replace(record, quarantined=True, reason=f"{reason}; {len(full)} times in a row, slot set aside")
         if refused:

@@ -23,7 +23,8 @@ ENDINGS = {
 
 
 FULL_DEATHS = 3
-"""Deaths of a slot in a row for want of device memory, after which it is set aside, whatever time lies between them."""
+"""Deaths of a slot in a row for want of device memory, after which it is set aside, whatever time its loads take. One
+that could serve for the policy's window before it died begins a new row."""
 
 
 def ending(status: int) -> str:

@@ -85,13 +85,18 @@ def test_a_slot_that_runs_out_of_device_memory_again_and_again_is_set_aside() ->
     """However far apart its deaths are: a load of minutes must not go on for ever."""
     exits, far = Exits(RestartPolicy(), oom_kills=OomKills(lambda: 0)), 10 * RestartPolicy().window_s
 
-    def died(incarnation: int, *, full: bool, slot: int = 0, forgiven: float = 0.0) -> RankExit:
+    def died(incarnation: int, *, full: bool, slot: int = 0, forgiven: float = 0.0, served_s: float = 0.0) -> RankExit:
         stored = {slot: RankExit(rank=slot, incarnation=incarnation - 1, reason="", at=0.0, forgiven=forgiven)}
         reason = "out of device memory: 2 GiB; detected by pidfd"
-        return exits.died(RankId(slot, incarnation), reason, stored, incarnation * far, device_full=full)
+        now = incarnation * far
+        return exits.died(RankId(slot, incarnation), reason, stored, now, now - served_s, device_full=full)
 
     found = [died(i, full=full) for i, full in enumerate((True, True, False, True, True, True), start=1)]
     assert [each.quarantined for each in found] == [False] * 5 + [True]
     assert found[-1].reason == "out of device memory: 2 GiB; detected by pidfd; 3 times in a row, slot set aside"
+    assert died(7, full=True, served_s=RestartPolicy().window_s - 1.0).quarantined, "it could serve for a moment"
+    assert not died(8, full=True, served_s=RestartPolicy().window_s).quarantined, "what a slot needs did fit"
+    assert not died(9, full=True).quarantined
+    assert died(10, full=True).quarantined
     assert not died(7, full=True, slot=1).quarantined, "another slot's"
-    assert not died(8, full=True, forgiven=7.5 * far).quarantined, "an operator had it try again"
+    assert not died(11, full=True, forgiven=10.5 * far).quarantined, "an operator had it try again"
