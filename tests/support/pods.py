@@ -202,7 +202,7 @@ class Pods:
     def helm_test(self) -> list[str]:
         """What its client says; the only gateway stands for both Services here. It may delete a pod of agents."""
         [client] = self.manifests["Pod", ""]["spec"]["containers"]
-        _, service, admin, pod = client["args"]
+        _, service, admin, pod, within_s = client["args"]
         assert (service, admin) == ("http://moe:8000", "http://moe-admin:8001")
         [variable] = client["env"]
         assert variable["valueFrom"] == {"secretKeyRef": {"name": "admin", "key": "token"}}
@@ -213,7 +213,7 @@ class Pods:
                 pod, partial(self._found, host), lambda: begun.append(deleting.submit(self.replace, host))
             )
             with pods_api(self._folder / "account", cluster) as (script, environment):
-                where = self.url(), self._address(self._gateway, "admin"), pod
+                where = self.url(), self._address(self._gateway, "admin"), pod, within_s
                 command = [sys.executable, *client["command"][1:], script, *where]
                 environment |= {variable["name"]: TOKEN}
                 asked = subprocess.run(command, capture_output=True, text=True, timeout=2 * READY_S, env=environment)

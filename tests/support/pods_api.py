@@ -18,14 +18,16 @@ from tests.support.secured_etcd import Authority
 
 ACCOUNT = "/etc/elastic-ep/kubernetes"  # where the chart mounts its files
 TOKEN = "token-of-an-account"
+PAUSE = "POD_POLL_S = 1"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What it does. `find`: uid and readiness of the pod, None if there is none now. `delete`: begin its deletion."""
+    """What it does. `find`: uid and readiness of the pod, None if there is none now, or the status with
+    which the API itself fails; 0: it closes the connection. `delete`: begin its deletion."""
 
     pod: str
-    find: Callable[[], tuple[str, bool] | None]
+    find: Callable[[], tuple[str, bool] | int | None]
     delete: Callable[[], None]
 
 
@@ -35,7 +37,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """The pod."""
         found = self.cluster.find() if self._allowed() else None
-        if found is None:
+        if found == 0:
+            self.close_connection = True
+        elif isinstance(found, int):
+            self._answer({"kind": "Status", "message": "etcdserver: leader changed"}, found)
+        elif found is None:
             self._answer({"kind": "Status", "reason": "NotFound"}, 404)
         else:
             uid, ready = found
@@ -78,7 +84,13 @@ def pods_api(folder: Path, cluster: Cluster) -> Iterator[tuple[str, dict[str, st
     thread.start()
     try:
         where = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(server.server_port)}
-        yield (CHART / "files" / "serves.py").read_text().replace(ACCOUNT, str(folder)), where
+        yield (
+            (CHART / "files" / "serves.py")
+            .read_text()
+            .replace(ACCOUNT, str(folder))
+            .replace(PAUSE, "POD_POLL_S = 0.05"),
+            where,
+        )
     finally:
         server.shutdown()
         server.server_close()

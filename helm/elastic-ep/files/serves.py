@@ -1,10 +1,10 @@
 """`helm test`: one streamed answer of the served model, through the Service. Standard library only.
 
-serves.py URL [ADMIN [POD]]
+serves.py URL [ADMIN [POD SECONDS]]
 
 With ADMIN, the URL of the admin API, a rank is killed as well while answers stream: each must be whole, and have the
 tokens that it had before. What was seen is written as one line of JSON. The token is in ELASTIC_ADMIN_TOKEN. With POD
-that pod is deleted then, and answers stream until its successor is ready.
+that pod is deleted then, and answers stream until its successor is ready, within so many seconds.
 """
 
 import json
@@ -21,14 +21,18 @@ from urllib.parse import urlsplit
 KEYS = Path("/etc/elastic-ep/api-keys/keys")  # NAME:KEY and perhaps limits, one a line
 KUBERNETES = Path("/etc/elastic-ep/kubernetes")  # who we are to its API
 TIMEOUT_S = 120
-POD_S = 300  # its grace, and until all ranks of the next one serve
 PROMPTS = ["The", "A rank", "One two three", "In the end"]
 TOKENS = 64
 POLL_S = 0.2
+POD_POLL_S = 1
 
 
 class Failed(Exception):
     """What the test is there to find, in words."""
+
+
+class Unanswered(Failed):
+    """The Kubernetes API gave no answer, or none for now."""
 
 
 def connection(url):
@@ -126,9 +130,11 @@ def kubernetes(method, pod):
         answer = asked.getresponse()
         text = answer.read().decode()
     except (OSError, HTTPException) as error:
-        raise Failed(f"{method} {path}: {error!r}") from error
+        raise Unanswered(f"{method} {path}: {error!r}") from error
     finally:
         asked.close()
+    if answer.status == 429 or answer.status >= 500:
+        raise Unanswered(f"{method} {path}: {answer.status} {text}")
     if answer.status not in (200, 202, 404):
         raise Failed(f"{method} {path}: {answer.status} {text}")
     return json.loads(text) if answer.status != 404 else {}
@@ -143,20 +149,29 @@ def is_ready(found):
     return any((each["type"], each["status"]) == ("Ready", "True") for each in conditions)
 
 
-def delete(pod):
+def is_other(pod, before):
+    """Whether there is a ready one of this name, and why that is not known if it is not."""
+    try:
+        found = kubernetes("GET", pod)
+    except Unanswered as error:  # in so many looks there may be one while its etcd elects a leader
+        return False, f"; {error}"
+    return uid(found) not in ("", before) and is_ready(found), ""
+
+
+def delete(pod, within_s):
     """Delete it, as for an update or an eviction; return the receipt's part about it once the next one is ready."""
     before, at = uid(kubernetes("GET", pod)), time.monotonic()
     if not before:
         raise Failed(f"there is no pod {pod}")
     kubernetes("DELETE", pod)
-    while uid(found := kubernetes("GET", pod)) in ("", before) or not is_ready(found):
-        if time.monotonic() - at > POD_S:
-            raise Failed(f"no other pod {pod} was ready within {POD_S} s")
-        time.sleep(POLL_S)
+    while not (other := is_other(pod, before))[0]:
+        if time.monotonic() - at > within_s:
+            raise Failed(f"no other pod {pod} was ready within {within_s} s{other[1]}")
+        time.sleep(POD_POLL_S)
     return {"deleted": pod, "ready_after_s": round(time.monotonic() - at, 1)}
 
 
-def kill_while_streaming(url, admin, model, pod=""):
+def kill_while_streaming(url, admin, model, pod, within_s):
     """The receipt. Clients go on until a successor serves, so answers stream at the death whenever it comes."""
     with ThreadPoolExecutor(len(PROMPTS) + 1) as pool:
         wanted = list(pool.map(lambda prompt: tokens(url, model, prompt), PROMPTS))
@@ -175,7 +190,7 @@ def kill_while_streaming(url, admin, model, pod=""):
 
         clients = [pool.submit(client, number) for number in range(len(PROMPTS))]
         try:
-            receipt = kill(admin, begun) | (delete(pod) if pod else {})
+            receipt = kill(admin, begun) | (delete(pod, within_s) if pod else {})
         finally:
             over.set()
         counts = [each.result(TIMEOUT_S) for each in clients]
@@ -185,12 +200,12 @@ def kill_while_streaming(url, admin, model, pod=""):
     return {**receipt, "answers": answers, "lost": len(lost), "altered": altered, "errors": lost[:3], "kept": kept}
 
 
-def main(url, admin="", pod=""):
+def main(url, admin="", pod="", within_s="0"):
     model = json.loads("".join(lines_of(url, api_key(), "GET", "/v1/models")))["data"][0]["id"]
     text = "".join(each["text"] for each in streamed(url, model=model, prompt="The", max_tokens=16))
     sys.stdout.write(f"{model} answers: {text!r}\n")
     if admin:
-        receipt = kill_while_streaming(url, admin, model, pod)
+        receipt = kill_while_streaming(url, admin, model, pod, int(within_s))
         sys.stdout.write(json.dumps(receipt) + "\n")
         if not receipt["kept"]:
             raise Failed("what was killed or deleted was felt by clients")

@@ -44,8 +44,10 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- if eq (int $values.service.containerPort) (int $values.service.adminPort) -}}
 {{- fail "service.containerPort and service.adminPort are the same: choose another service.adminPort" -}}
 {{- end -}}
-{{- if and ($values.tests).deletePod (not (and ($values.tests).kill (eq $values.mode "many") (ne (int $values.agents.replicas) 1))) -}}
-{{- fail "tests.deletePod: it comes after the kill, and other pods of agents must be there meanwhile: set tests.kill, mode: many and agents.replicas of 2 or more" -}}
+{{- $pods := ($values.agents).replicas -}}
+{{- if ne (($values.autoscaling).kind | default "none") "none" }}{{ $pods = $values.autoscaling.minReplicas }}{{ end -}}
+{{- if and ($values.tests).deletePod (not (and ($values.tests).kill (eq $values.mode "many") (ge (int $pods) 2))) -}}
+{{- fail "tests.deletePod: it comes after the kill, and other pods of agents must be there meanwhile: set tests.kill, mode: many, and agents.replicas, or autoscaling.minReplicas, of 2 or more" -}}
 {{- end -}}
 {{- if and ($values.tests).kill (not (and $values.admin.existingSecret (include "elastic-ep.adminIsReached" .))) -}}
 {{- fail "tests.kill: the test asks the admin API to kill a rank: give its token by admin.existingSecret, and set service.adminHost to 0.0.0.0" -}}
