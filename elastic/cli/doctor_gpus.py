@@ -28,6 +28,10 @@ def describe(gpus: Gpus) -> Iterator[Finding]:
         yield Finding(f"gpu {gpu.index}", "ok", f"{gpu.name}, driver {gpu.driver}, {memory}")
     if len(gpus.each) < 2:
         return
+    if gpus.unknown:
+        hint = "rows and KV blocks go through host memory by default"
+        yield Finding("gpu p2p", "warn", f"what is between GPUs is unknown: {gpus.unknown}", hint)
+        return
     pairs = list(combinations(range(len(gpus.each)), 2))
     apart = unlinked(gpus)
     over = {pair: (gpus.links or {}).get(pair, "unknown") for pair in pairs}

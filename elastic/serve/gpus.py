@@ -46,6 +46,7 @@ class Gpus:
     each: tuple[Gpu, ...] = ()
     peers: frozenset[tuple[int, int]] = frozenset()
     links: Mapping[tuple[int, int], str] | None = None
+    unknown: str = ""  # why neither was to be learnt
 
 
 def read_gpus(listed: str, p2p: str, topology: str, visible: str | None = None) -> Gpus:
@@ -90,11 +91,21 @@ def probe() -> Gpus:
         return Gpus()
     try:
         listed = _said(QUERY, "--format=csv,noheader,nounits")
-        return read_gpus(listed, _said("topo", "-p2p", "r"), _said("topo", "-m"), os.environ.get(VISIBLE))
+        p2p, topology, unknown = _topology()
+        return replace(read_gpus(listed, p2p, topology, os.environ.get(VISIBLE)), unknown=unknown)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise ConfigError(
             f"{TOOL}: {error}", hint="is the driver loaded, and are devices given to this container?"
         ) from error
+
+
+def _topology() -> tuple[str, str, str]:
+    """What is between GPUs, by P2P and by links; or, last, why the tool cannot tell, as in some virtual machines. Then
+    the GPUs are known all the same."""
+    try:
+        return _said("topo", "-p2p", "r"), _said("topo", "-m"), ""
+    except (OSError, subprocess.SubprocessError) as error:
+        return "", "", f"{TOOL}: {error}"
 
 
 def unlinked(gpus: Gpus) -> list[tuple[int, int]]:
@@ -130,6 +141,8 @@ def exchange_slots(gpus: Gpus, ranks: int, most_ranks: int = 0) -> tuple[int, st
         return 0, f"{ranks} ranks share {len(gpus.each)} GPUs" if room == len(gpus.each) else _too_many(ranks)
     if (slots := min(room, max(ranks, most_ranks))) < 2:
         return 0, "there is one rank; --max-ranks says that there may be more"
+    if gpus.unknown:
+        return 0, f"what is between GPUs is unknown: {gpus.unknown}"
     if apart := [pair for pair in unlinked(gpus) if max(pair) < slots]:
         return 0, f"no P2P between GPUs {', '.join(f'{a} and {b}' for a, b in apart)}"
     return slots, ""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from elastic.serve.gpu_memory import FLAG
 from elastic.serve.join_secret import ENV, FILE
 from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, InitOptions, ServeOptions, options_of
 from elastic.serve.predecessor import Predecessor
@@ -185,6 +186,11 @@ def _joined(
     found = store.get(keys.desired)
     ranks = codec.decode(found.value, Desired).ranks if found is not None else options.ranks or DEFAULT_RANKS
     say(f"cluster {keys.cluster!r} {where}: this host joins it; {ranks} ranks are wanted, as before")
+    if options.kv_cache_memory and config.kv_blocks != known.kv_blocks:
+        say(
+            f"its KV caches have {known.kv_blocks} blocks on all hosts;"
+            f" {FLAG} {options.kv_cache_memory:g} would be {config.kv_blocks} here"
+        )
     return msgspec.structs.replace(known, model=config.model), ranks
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOMS = ("model", "exchange")  # of `workers`: all code that touches a tensor
+KINDS = ("*.py", "*.cu")
 MEASURED = ("attention_plan.py", "packing.py", "row_tiles.py")  # of `model`, and all of the folders below
 FOLDERS = {"cpu": ("cpu",), "cuda": ("cpu", "cuda")}  # a GPU's dense products are tiled by `cpu/`
 
@@ -17,7 +18,7 @@ FOLDERS = {"cpu": ("cpu",), "cuda": ("cpu", "cuda")}  # a GPU's dense products a
 def code_version() -> str:
     """Versions of the libraries, and a digest of our own source. The forkserver asks first, for all its ranks."""
     root = Path(__file__).resolve().parents[1]
-    files = [file for room in ROOMS for file in (root / room).rglob("*.py")]
+    files = [file for room in ROOMS for kind in KINDS for file in (root / room).rglob(kind)]
     return f"{_versions('transformers', 'torch', 'llguidance')}, {_digest(files)[:8]}"
 
 

@@ -116,9 +116,10 @@ class GpuExchange:
     def _window(self, slot: int, shape: WindowShape, gpu: int) -> Mapped:
         import torch
 
+        from workers.exchange.cuda.compiler import layout
         from workers.exchange.cuda.driver import Mapping as Mapped
 
-        asked = WindowAsked(slot, repr(shape), own=slot == self._ctx.rank)
+        asked = WindowAsked(slot, layout(shape), own=slot == self._ctx.rank)
         make = partial(new_window, slot % torch.cuda.device_count(), shape.offsets["bytes"], gpu)
         with window_of(self._ctx.windows, asked, make) as (fd, nbytes):
             return Mapped(fd, nbytes, gpu)

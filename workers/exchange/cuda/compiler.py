@@ -6,6 +6,7 @@ disk for the next start, by all that it depends on.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ from membership.base.errors import ConfigError
 from membership.base.kept_files import KeptFiles
 from workers.exchange.cuda.window import WindowShape
 
+LAYOUT = ("kernels.cu", "window.py")  # files that decide what ranks find in one another's windows
 NAMES = ("dispatch", "collect", "reply", "combine")
 FOLDER = "kernels"
 PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
@@ -79,6 +81,17 @@ def compiled(
         found = compiler.compile(source, flags)
         kept.save(key, found)
     return found
+
+
+def layout(shape: WindowShape) -> str:
+    """What decides where things lie in windows of this shape: equal on all ranks that use one another's.
+
+    By the files as they are now. Ranks that were started before an upgrade have older ones.
+    """
+    digest = hashlib.sha256()
+    for name in LAYOUT:
+        digest.update(files(__package__).joinpath(name).read_bytes())
+    return f"{shape!r}, code {digest.hexdigest()[:16]}"
 
 
 def _done(result: Sequence[Any]) -> Any:

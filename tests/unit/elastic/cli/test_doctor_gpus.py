@@ -218,6 +218,21 @@ def test_the_driver_s_tool_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found[:3] == ["gpu 0", "gpu 1", "gpu p2p"], "what follows depends on the packages that are installed here"
 
 
+def test_gpus_are_known_where_the_tool_cannot_tell_what_is_between_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "listed").write_text(LISTED, encoding="utf-8")
+    tool(tmp_path, f'case "$1" in topo) echo Not supported; exit 3;; *) cat {tmp_path}/listed;; esac', monkeypatch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = probe()
+    assert found.each == TWO.each
+    between, rows = list(describe(found))[-1], next(exchange(found, 2))
+    assert between.level == "warn"
+    for said in (between.message, rows.message):
+        assert "what is between GPUs is unknown: nvidia-smi: " in said
+        assert "exit status 3" in said
+
+
 def test_a_driver_that_does_not_answer_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool(tmp_path, "echo no devices were found; exit 6", monkeypatch)
     (found,) = (each for each in examine(None, 2, 2.0) if each.what == "gpu")

@@ -170,6 +170,17 @@ def test_a_cluster_that_lives_on_other_hosts_is_joined_as_it_is(store: MemorySto
     assert joins(store, elsewhere)[0].model == elsewhere.model
 
 
+def test_a_host_with_room_for_another_cache_is_told_which_one_it_gets(store: MemoryStore) -> None:
+    spans(store)
+    assigned(store, "b")
+    live(store, "b")
+    here = msgspec.structs.replace(SPANNING, kv_blocks=SPANNING.kv_blocks + 476)
+    config, _, said = joins(store, here, kv_cache_memory=0.5)
+    assert config.kv_blocks == SPANNING.kv_blocks == 1024
+    assert said.endswith("its KV caches have 1024 blocks on all hosts; --kv-cache-memory 0.5 would be 1500 here")
+    assert "KV caches" not in joins(store, kv_cache_memory=0.5)[2] + joins(store)[2]
+
+
 def test_one_whose_other_hosts_may_be_cut_off_from_etcd_is_joined_too(store: MemoryStore) -> None:
     """Their leases have run out, and their ranks serve on: to begin anew would end them all once they are back."""
     spans(store)

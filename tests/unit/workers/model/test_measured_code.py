@@ -81,6 +81,7 @@ def edited(tmp_path: Path) -> Edited:
         ("model/sampler.py", False, False),
         ("model/runner.py", False, False),
         ("exchange/loop.py", False, False),
+        ("exchange/cuda/kernels.cu", False, False),
         ("model/row_tiles.py", True, True),
         ("model/cpu/linear.py", True, True),
         ("model/cpu/attention.py", True, True),

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from membership.store.records import Member, View
 from tests.support.rank_model import config
+from workers.exchange.cuda.compiler import LAYOUT
+from workers.exchange.cuda.window import WindowShape
 from workers.protocol.messages import StepBatch
+from workers.protocol.window_client import WindowAsked
 from workers.rank.gpu_exchange import Apart, GpuExchange, holders_of
 
 pytestmark = pytest.mark.unit
@@ -77,6 +84,34 @@ def test_a_second_try_goes_on_where_the_first_one_failed(monkeypatch: pytest.Mon
     said = [exchange.refusal(view_of(*nodes)) for nodes in ((), ("a",), ("a", "a"), ("a", "a", "a"), ("a", "b"))]
     assert said[:3] == ["", "", ""]
     assert said[3:] == ["rank 2 serves, too, and --gpu-exchange 2 is for ranks 0 to 1", "ranks are on 2 hosts"]
+
+
+def test_a_rank_of_other_code_asks_for_windows_of_another_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent refuses those that are there: their rows would be read in other places."""
+    asked: list[WindowAsked] = []
+
+    @contextmanager
+    def window_of(handle: bytes, wanted: WindowAsked, make: object) -> Iterator[tuple[int, int]]:
+        asked.append(wanted)
+        yield 7, 4096
+
+    driver = SimpleNamespace(Mapping=lambda *given: given)
+    monkeypatch.setitem(sys.modules, "workers.exchange.cuda.driver", driver)
+    monkeypatch.setattr("workers.rank.gpu_exchange.window_of", window_of)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    exchange = GpuExchange(cast("Any", SimpleNamespace(rank=0, config=config(gpu_exchange=2), windows=b"")))
+    shape = WindowShape(2, 4, 8, 16, 2)
+    for edited in ("", "", *LAYOUT):
+        for name in LAYOUT:
+            text = files("workers.exchange.cuda").joinpath(name).read_bytes()
+            (tmp_path / name).write_bytes(text + b"\n" * (name == edited))
+        monkeypatch.setattr("workers.exchange.cuda.compiler.files", lambda package: tmp_path)
+        exchange._window(1, shape, 0)
+    assert asked[0].shape == asked[1].shape
+    assert len({each.shape for each in asked}) == 3
+    assert repr(shape) in asked[0].shape
 
 
 def test_without_a_gpu_it_says_why() -> None:
