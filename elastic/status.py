@@ -14,6 +14,7 @@ from membership.operations.pause import paused_words
 from membership.placement.balance import imbalance
 from membership.placement.plan import coverage
 from membership.placement.survivability import Sole, sole_holders
+from membership.placement.tally import Domain
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.identity import name_of
 from membership.planning.rebalance import loads_of
@@ -105,7 +106,8 @@ class CoverageStatus(msgspec.Struct, frozen=True, kw_only=True):
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A host with an agent; `ranks`: present and planned. Safe to delete: no rank is there, planned or ending.
 
-    `machine` and `zone`: what it ends with, as its agent says; left out if it does not.
+    `machine` and `zone`: what it ends with, as its agent says; left out if it does not. Nodes that name one machine
+    end together, so each of them has the machine's `sole_experts`.
     """
 
     node: str
@@ -259,7 +261,7 @@ def _node(facts: ClusterFacts, node: str) -> NodeStatus:
     agent = facts.state.agents[node]
     return NodeStatus(
         node=node, ranks=ranks, safe_to_delete=safe, trouble=agent.trouble, machine=agent.machine, zone=agent.zone,
-        sole_experts=_sole(facts).nodes.get(node, 0),
+        sole_experts=_sole(facts).machines.get(facts.domain(node).machine, 0),
     )  # fmt: skip
 
 
@@ -336,12 +338,12 @@ def _imbalance_of(view: View, config: ClusterConfig, load: ExpertLoad | None) ->
 
 
 @_Remembered
-def _sole_of(view: View, alive: tuple[tuple[int, str], ...], config: ClusterConfig) -> Sole:
+def _sole_of(view: View, alive: tuple[tuple[int, Domain], ...], config: ClusterConfig) -> Sole:
     return sole_holders(view.placement, dict(alive), config.moe_layers, config.experts)
 
 
 def _sole(facts: ClusterFacts) -> Sole:
-    return _sole_of(facts.view, tuple((m.rank, m.node) for m in facts.alive), facts.config)
+    return _sole_of(facts.view, tuple(facts.domains(facts.alive).items()), facts.config)
 
 
 def _coverage(facts: ClusterFacts) -> CoverageStatus:

@@ -11,7 +11,7 @@ import msgspec
 
 from elastic.cli.clocks import clock_findings, offsets
 from elastic.cli.differences import Here, differences, others, reference
-from elastic.cli.reach import AT_ONCE, by_node, listeners, reach
+from elastic.cli.reach import AT_ONCE, by_node, listeners, not_listening, reach
 from elastic.serve.model_check import Finding
 from elastic.serve.options import StoreOptions
 from elastic.serve.state_dir import ClusterAddress, StateDir
@@ -68,6 +68,7 @@ def _reachable(state: ClusterState, here: str) -> Iterator[Finding]:
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="reach") as pool:
         outcomes = dict(zip(found, pool.map(reach, (each.endpoint for each in found)), strict=True))
     yield from by_node(outcomes)
+    yield from not_listening(state, here)
 
 
 def _compared(state: ClusterState, config: ClusterConfig, here: str, model: Path | None) -> Iterator[Finding]:

@@ -23,6 +23,10 @@ PACKET_SLACK = 16  # bytes that a connection keeps for itself in each packet, at
 LARGEST = 16384  # bytes that are compared: TCP sends no packet beyond half a window, as within one host
 HINT_PACKETS = "give both hosts' interfaces the same MTU; one on the way that is smaller still is not seen from here"
 _IP_MTU, _IPV6_MTU = 14, 24  # of Linux; Python has no names for them
+HINT_AGENT = (
+    "its log says why: deaths_not_reported, weights_not_sent; without, a death there is known by its record, later, "
+    "and weights are read from the checkpoint"
+)
 HINT = "let all TCP pass between the hosts of a cluster (docs/HOSTS.md); a process that has just ended refuses, too"
 
 
@@ -60,6 +64,16 @@ def listeners(state: ClusterState, here: str) -> Iterator[Listener]:
         for what, host, endpoint in _of_rank(record):
             if host != here and endpoint:
                 yield Listener(record.node, f"rank {record.rank}'s {what}", endpoint)
+
+
+def not_listening(state: ClusterState, here: str) -> Iterator[Finding]:
+    """Agents of other hosts that do not listen for all that they should: it works without, later or more slowly."""
+    for node, agent in sorted(state.agents.items()):
+        if agent.host not in ("", here):
+            ports = (("notices of deaths", _queue(agent.notices).remote), ("requests for weights", agent.weights_at))
+            if missing := [what for what, endpoint in ports if not endpoint]:
+                message = f"its agent does not listen for {' or '.join(missing)}, or is of an older version"
+                yield Finding(f"host {node}", "warn", message, HINT_AGENT)
 
 
 def _of_rank(record: RankRecord) -> Iterator[tuple[str, str, str]]:

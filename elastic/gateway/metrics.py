@@ -191,7 +191,7 @@ class KeyCounters(Collector):
 
 def _nodes(nodes: Iterable[NodeStatus]) -> Iterable[Metric]:
     """What the end of each host would cost."""
-    text = "(layer, expert) pairs that the end of this host would leave without a live replica."
+    text = "(layer, expert) pairs that the end of this host's machine would leave without a live replica."
     sole = GaugeMetricFamily(PREFIX + "node_sole_experts", text, labels=["node"])
     text = "1: no rank is on this host, planned or ending, nor a role in charge."
     safe = GaugeMetricFamily(PREFIX + "node_safe_to_delete", text, labels=["node"])

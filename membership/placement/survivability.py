@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -54,13 +54,13 @@ def survivability(placement: Placement, nodes: Places, moe_layers: int, experts:
 
 
 class Sole(NamedTuple):
-    """How many (layer, expert) pairs have their last replicas there, by rank and by node: what its end uncovers."""
+    """How many (layer, expert) pairs have their last replicas there, by rank and by machine: what its end uncovers."""
 
     ranks: dict[int, int]
-    nodes: dict[str, int]
+    machines: dict[str, int]
 
 
-def sole_holders(placement: Placement, nodes: Mapping[int, str], moe_layers: int, experts: int) -> Sole:
+def sole_holders(placement: Placement, nodes: Places, moe_layers: int, experts: int) -> Sole:
     """Count them among these ranks, which are those that live. `nodes`: where they are."""
     order = sorted(nodes)
     holds = held_by(moe_layers, experts, order, placement)
@@ -70,8 +70,11 @@ def sole_holders(placement: Placement, nodes: Mapping[int, str], moe_layers: int
         there = holds[:, rows].sum(axis=1)
         return int(((there == total) & (there > 0)).sum())
 
-    rows_of = {node: [row for row, rank in enumerate(order) if nodes[rank] == node] for node in nodes.values()}
-    return Sole({rank: only([row]) for row, rank in enumerate(order)}, {node: only(rows_of[node]) for node in rows_of})
+    rows_of: dict[str, list[int]] = {}
+    for row, domain in enumerate(domains_of(order, nodes)):
+        rows_of.setdefault(domain.machine, []).append(row)
+    ranks = {rank: only([row]) for row, rank in enumerate(order)}
+    return Sole(ranks, {machine: only(rows) for machine, rows in rows_of.items()})
 
 
 def needed_redundancy(nodes: Places, experts: int, *, hosts: bool = False) -> float | None:

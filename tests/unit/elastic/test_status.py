@@ -92,6 +92,9 @@ def test_what_the_end_of_a_host_or_a_rank_would_uncover_is_shown() -> None:
         for node, ranks in (("n", specs[:2]), ("o", specs[2:]))
     }
     state = replace(plain, agents=hosts, assignments=placed, view=replace(plain.view, members=members), ranks=records)
+    machine = replace(state, agents={node: replace(agent, machine="m") for node, agent in hosts.items()})
+    both = json.loads(msgspec.json.encode(cluster_status(machine, 10.0)))["nodes"]
+    assert [node["sole_experts"] for node in both] == [8, 8], "agents that name one machine end together"
     for lost, nodes, ranks in (((), {"n": 0, "o": 0}, [0, 0, 0, 0]), ((1,), {"n": 0, "o": 4}, [0, 0, 4])):
         document = json.loads(msgspec.json.encode(cluster_status(without(state, *lost), 10.0)))
         assert {node["node"]: node.get("sole_experts", 0) for node in document["nodes"]} == nodes, document

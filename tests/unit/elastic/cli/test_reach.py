@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from elastic.cli.hosts import examine_hosts
-from elastic.cli.reach import Listener, Reached, by_node, listeners, reach
+from elastic.cli.reach import Listener, Reached, by_node, listeners, not_listening, reach
 from elastic.serve.options import StoreOptions
 from membership.base.rank_id import RankId
 from membership.store.records import AgentRecord, ClusterState, EngineRecord
@@ -53,6 +53,27 @@ def test_all_that_other_hosts_listen_with_is_tried() -> None:
     ]
     assert list(listeners(on_host_b(HERE), HERE)) == [], "this host's own"
     assert list(listeners(healthy(), HERE)) == [], "a cluster on one host"
+
+
+def test_an_agent_that_does_not_listen_is_named() -> None:
+    """It could not, or is of an older version: no port is there that could be tried, and all goes on without."""
+    state = on_host_b()
+    assert list(not_listening(state, HERE)) == []
+    agent = state.agents["b"]
+    near = Handle("q", "msgpack", THERE, "/x", "").encode()
+    for less, what in (
+        (replace(agent, notices=b""), "notices of deaths"),
+        (replace(agent, notices=near), "notices of deaths"),
+        (replace(agent, weights_at=""), "requests for weights"),
+        (replace(agent, notices=b"", weights_at=""), "notices of deaths or requests for weights"),
+    ):
+        there = replace(state, agents={**state.agents, "b": less})
+        (found,) = not_listening(there, HERE)
+        assert (found.what, found.level) == ("host b", "warn")
+        assert found.message == f"its agent does not listen for {what}, or is of an older version"
+        assert "deaths_not_reported" in found.hint
+        assert list(not_listening(there, THERE)) == [], "this host's own"
+    assert list(not_listening(healthy(), HERE)) == [], "a cluster on one host"
 
 
 def test_what_cannot_be_reached_is_named_by_its_host() -> None:

@@ -26,5 +26,16 @@ def test_both_ways_to_sum_round_each_product_and_each_sum(
     before = outputs.clone()
     for small in (0, outputs.numel()):
         monkeypatch.setattr(module, "SMALL", small)
-        assert torch.equal(combine(outputs, weights, dtype), wanted.to(dtype))
+        found = combine(outputs, weights, dtype)
+        assert torch.equal(found, wanted.to(dtype))
+        assert found.is_contiguous()
+        assert found.untyped_storage().nbytes() == found.nbytes, "the products are not kept"
     assert torch.equal(outputs, before), "they are a peer's memory, or the caller's"
+
+
+def test_the_weights_may_need_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, weights = torch.ones(2, 3, 4), torch.rand(2, 3, requires_grad=True)
+    for small in (0, outputs.numel()):
+        monkeypatch.setattr(module, "SMALL", small)
+        (slope,) = torch.autograd.grad(combine(outputs, weights, torch.float32).sum(), weights)
+        assert slope.tolist() == [[4.0] * 3] * 2

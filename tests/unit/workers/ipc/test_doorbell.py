@@ -90,6 +90,16 @@ def test_beside_sockets_it_does_not_spin_for_what_always_takes_longer(far: Doorb
     assert found[VAIN:] == [0] * (2 * VAIN)
 
 
+def test_beside_sockets_a_wait_was_too_long_if_the_spin_and_waking_up_are_shorter(far: Doorbell, clock: Clock) -> None:
+    """Rows of one round wait about 240 us: at that limit a thread went on spinning for many of them."""
+    for _ in range(2 * VAIN):
+        spins(far, clock, (FAR_SPIN + 1) * SPIN_US + 1)
+    assert spins(far, clock, SOON_US) == 0
+    for _ in range(2 * VAIN):
+        spins(far, clock, (FAR_SPIN + 1) * SPIN_US)
+    assert spins(far, clock, SOON_US) == SOON_US
+
+
 def test_one_wait_that_was_shorter_has_it_spin_again(far: Doorbell, clock: Clock) -> None:
     for _ in range(2 * VAIN):
         spins(far, clock, LATE_US)
