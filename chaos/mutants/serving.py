@@ -15,6 +15,14 @@ PORT = "tests/unit/workers/rank/test_engine_port.py"
 MIGRATION = "tests/unit/elastic/engine/test_migration.py"
 
 MUTANTS: tuple[Mutant, ...] = (
+    Mutant(
+        name="relief-that-failed",
+        guards="G4: requests do not wait for a view that its members could not prepare",
+        file="elastic/engine/relief.py",
+        before="        self._unable |= {member.rank for member in facts.failed}\n",
+        after="        pass\n",
+        tests=("tests/unit/elastic/engine/test_relief.py::test_a_view_that_a_member_cannot_prepare_is_no_relief",),
+    ),
     # --- the journal
     Mutant(
         name="tokens-twice",
