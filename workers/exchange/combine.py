@@ -26,15 +26,16 @@ def combine(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """
     weights = weights.unsqueeze(-1)
     if outputs.numel() <= SMALL:
-        products = _weighted(outputs, weights)
-        total = products[:, 0]
-        for k in range(1, products.shape[1]):
-            total += products[:, k]
+        total, *others = _weighted(outputs, weights).unbind(1)
+        if others:
+            total = total + others[0]  # new memory: the products are not kept
+        for each in others[1:]:
+            total.add_(each)
     else:
         total = _weighted(outputs[:, 0], weights[:, 0])
         for k in range(1, outputs.shape[1]):
             total += _weighted(outputs[:, k], weights[:, k])
-    return total.to(dtype).contiguous()  # in fp32 it may be a part of the products still, which it would keep
+    return total.to(dtype)
 
 
 def _weighted(outputs: Tensor, weights: Tensor) -> Tensor:
