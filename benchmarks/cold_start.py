@@ -26,6 +26,7 @@ import psutil
 from benchmarks.recovery_cluster import import_path
 from elastic.demo.model import write_demo_model
 from elastic.serve.etcd_server import free_ports
+from elastic.serve.tls import authorities
 from membership.base.process_stats import command_words
 
 READY_S = 300.0
@@ -59,7 +60,8 @@ def served(checkout: Path, model: Path, ranks: int, folder: Path) -> Iterator[tu
 
 def _ready(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=2.0, trust_env=False).is_success
+        url = f"http://127.0.0.1:{port}"
+        return httpx.get(f"{url}/readyz", timeout=2.0, trust_env=False, verify=authorities(url)).is_success
     except httpx.HTTPError:
         return False
 

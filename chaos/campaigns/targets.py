@@ -23,6 +23,7 @@ from chaos.scenarios.script import CHAOS
 from chaos.target.cluster import Cluster
 from elastic.cli.client import AdminClient, Client
 from elastic.serve.api_keys import client_headers
+from elastic.serve.tls import authorities
 from membership.base.errors import ConfigError, ElasticError, NoAnswer, StoreUnavailable
 from membership.base.events import Event, Tail
 from membership.store.interface import Store
@@ -269,7 +270,7 @@ def in_chaos_mode(client: AdminClient) -> bool:
 def unready(url: str) -> str:
     """Why the deployment answers no requests now; "" if it does."""
     try:
-        answer = httpx.get(f"{url}/readyz", timeout=PROBE_S, trust_env=False)
+        answer = httpx.get(f"{url}/readyz", timeout=PROBE_S, trust_env=False, verify=authorities(url))
         return "" if answer.is_success else "; ".join(map(str, answer.json().get("reasons") or [answer.text]))
     except (httpx.HTTPError, ValueError) as error:
         return f"{type(error).__name__}: {error}"

@@ -19,6 +19,7 @@ from chaos.target.warm_start import WarmProcess, WarmStart
 from elastic.cli.client import StoreClient, wait_for
 from elastic.serve.etcd_server import free_ports
 from elastic.serve.state_dir import ClusterAddress, StateDir
+from elastic.serve.tls import authorities
 from membership.base import starter
 from membership.base.errors import ElasticError
 from membership.base.events import Event, EventLog, Tail
@@ -106,7 +107,9 @@ class Cluster:
 
     def _gateway_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=2.0, trust_env=False).is_success
+            return httpx.get(
+                f"{self.url}/readyz", timeout=2.0, trust_env=False, verify=authorities(self.url)
+            ).is_success
         except httpx.HTTPError:
             return False
 

@@ -17,6 +17,7 @@ import msgspec
 
 from elastic.explain import Explanation, explain
 from elastic.http_errors import from_http
+from elastic.serve.tls import authorities
 from elastic.serve.tokens import admin_token, http_url
 from elastic.status import cluster_status
 from membership.base.enums import OperationKind
@@ -133,7 +134,7 @@ class AdminClient:
         """`trust`: certificates instead of the environment's."""
         headers = {"Authorization": f"Bearer {admin_token(token)}"}
         # It heeds the environment's certificates, and no proxy: nothing reads the token.
-        transport = httpx.HTTPTransport(verify=True if trust is None else trust)
+        transport = httpx.HTTPTransport(verify=authorities(url) if trust is None else trust)
         self._http = httpx.Client(
             base_url=http_url(url, "--admin"), headers=headers, timeout=timeout_s, transport=transport, trust_env=False
         )

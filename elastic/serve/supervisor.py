@@ -38,7 +38,7 @@ from elastic.serve.roles import Roles
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from elastic.serve.store_guard import StoreGuard
 from elastic.serve.stored_config import require_no_secret, write_config
-from elastic.serve.tls import certificates_of, pinned
+from elastic.serve.tls import authorities, certificates_of, pinned
 from elastic.serve.tokens import admin_token, read_admin_token
 from elastic.serve.trace_export import require_no_sdk
 from membership.base import descriptors, rotation
@@ -435,8 +435,9 @@ class Supervisor:
 
     def _readiness(self) -> Readiness:
         try:
-            verify = pinned(self._certificate) if self._certificate else True
-            answer = httpx.get(f"{self.address(()).url}/readyz", timeout=2.0, trust_env=False, verify=verify)
+            url = self.address(()).url
+            verify = pinned(self._certificate) if self._certificate else authorities(url)
+            answer = httpx.get(f"{url}/readyz", timeout=2.0, trust_env=False, verify=verify)
             if answer.status_code == 200:
                 return Readiness(ready=True)
             found = answer.json()

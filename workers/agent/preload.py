@@ -13,8 +13,11 @@ OURS = (
     "transformers",
     "transformers.integrations.moe",
     "safetensors.torch",
+    "numpy.ma",  # which `np.unique` imports when it is first called
+    "llguidance",
     "workers.model.runner",
     "workers.model.devices",
+    "workers.exchange.auto",
     "workers.exchange.loop",
     "workers.exchange.shm.transport",
     "workers.protocol.live_mask",

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from elastic.serve.cluster_config import cluster_config
 from elastic.serve.options import ApiOptions, GatewayOptions, ServeOptions
 from elastic.serve.roles import Roles
 from elastic.serve.supervisor import Readiness, Supervisor
+from elastic.serve.tls import authorities
 from membership.base.enums import Device
 from membership.base.errors import ConfigError, PlanRefused, StoreUnavailable
 from workers.model.content import small_files
@@ -146,6 +148,21 @@ def test_a_gateway_that_cannot_be_asked_for_want_of_a_descriptor_is_asked_again(
 
     monkeypatch.setattr("elastic.serve.supervisor.httpx.get", no_descriptor)
     assert supervisor._readiness() == Readiness(missing="the gateway to answer")
+
+
+def test_a_look_at_the_gateway_reads_no_certificates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """There are four a second until it is ready."""
+    supervisor = Supervisor(ServeOptions(model=shipped_demo_model(), state_dir=tmp_path))
+    supervisor._urls = ("http://127.0.0.1:1", "")
+    asked: list[object] = []
+
+    def answer(url: str, *, verify: object, **_: object) -> httpx.Response:
+        asked.append(verify)
+        return httpx.Response(200)
+
+    monkeypatch.setattr("elastic.serve.supervisor.httpx.get", answer)
+    assert supervisor._readiness().ready
+    assert asked == [authorities("http:")]
 
 
 @pytest.mark.parametrize(

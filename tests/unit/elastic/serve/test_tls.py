@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 
 import pytest
 
 from elastic.serve.options import ApiOptions
-from elastic.serve.tls import certificates_of, trusting
+from elastic.serve.tls import authorities, certificates_of, trusting
 from membership.base.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -44,3 +45,24 @@ def test_files_that_are_no_certificates_are_refused(tmp_path: Path) -> None:
         certificates_of(ApiOptions(ssl_certfile=damaged))
     with pytest.raises(ConfigError, match="damaged"):
         trusting(damaged)
+
+
+@pytest.mark.parametrize(
+    ("url", "read"),
+    [
+        ("http://a", False),
+        ("http://[::1]:1", False),
+        ("https://a", True),
+        ("HTTP://a", True),
+        ("", True),
+    ],
+)
+def test_who_signs_certificates_matters_for_https_alone(url: str, *, read: bool) -> None:
+    """What looks again and again until a cluster is ready need not read all of the machine's authorities for it."""
+    trusted = authorities(url)
+    assert (trusted is True) == read
+    if trusted is not True:
+        assert isinstance(trusted, ssl.SSLContext)
+        assert trusted.verify_mode == ssl.CERT_REQUIRED
+        assert trusted.get_ca_certs() == []
+        assert authorities(url) is trusted
