@@ -13,6 +13,7 @@ SALVAGE = "tests/unit/elastic/engine/test_salvage.py"
 POOLS = "tests/unit/workers/agent/test_kv_pools.py"
 PORT = "tests/unit/workers/rank/test_engine_port.py"
 MIGRATION = "tests/unit/elastic/engine/test_migration.py"
+RELIEF = "tests/unit/elastic/engine/test_relief.py"
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
@@ -113,6 +114,24 @@ MUTANTS: tuple[Mutant, ...] = (
         before="                self._requeue(sequence)\n                moved",
         after="                self._forget(sequence)\n                moved",
         shown=Shown(7, (109,)),
+    ),
+    Mutant(
+        name="rank-after-rank",
+        guards="G4: a request over which rank after rank ends is given up",
+        file="elastic/engine/scheduler.py",
+        before="if (suspect := home.suspect) is not None:",
+        after="if (suspect := home.suspect) is not None and False:",
+        tests=(f"{SCHEDULER}::test_a_request_over_which_rank_after_rank_ends_is_given_up",),
+    ),
+    Mutant(
+        name="relief-for-ever",
+        guards="G4: a slot that could not prepare a view is counted on once",
+        file="elastic/engine/relief.py",
+        before="self._unable |= {member.rank for member in facts.failed}",
+        after="self._unable = {member.rank for member in facts.failed}",
+        tests=(
+            f"{RELIEF}::test_the_next_process_of_a_slot_that_could_not_prepare_is_counted_on_no_more_until_a_view_is_adopted",
+        ),
     ),
     Mutant(
         name="mask-comes-back",

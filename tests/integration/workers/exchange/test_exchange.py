@@ -254,8 +254,9 @@ def test_an_expert_that_fails_and_has_no_replica_is_named() -> None:
         assert not exchange.stays(), "outside of a step"
         exchange.begin_step(StepContext(View(epoch=1, members=members, placement=placement), 7, 1, 1))
         assert exchange.stays()
-        with pytest.raises(ExpertFailed, match=r"layer 0, expert 1: .*broken here"):
+        with pytest.raises(ExpertFailed, match=r"layer 0, expert 1: .*broken here") as raised:
             exchange.dispatch_combine(0, *batch(1, 6, 3, 3, HIDDEN, torch.float32))
+        assert raised.value.__cause__ is whys[0], "the step's end is judged by it"
         assert ["broken here" in str(why) for why in whys] == [True], "of the device, maybe: who has it asks it"
         bank.before = broken(None)
         work = (0, 1, 6, 3, 3, HIDDEN, "float32")
