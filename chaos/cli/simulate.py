@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -10,13 +11,28 @@ import typer
 
 from chaos.campaigns.campaign import seed_of
 from chaos.cli.shared import finish
-from chaos.simulation.campaign import Progress, SimulationReceipt
+from chaos.simulation.campaign import Progress, SimulationReceipt, Where
 from chaos.simulation.episode import Episode, Step, run_episode
 from elastic.cli.command import command
 from elastic.cli.flags import Output, OutputFlag
+from elastic.serve.options import option
 from membership.base.errors import ConfigError
 
-HostsFlag = Annotated[int, typer.Option(min=0, max=3, help="Hosts with a network between them; 0: all on one.")]
+
+@dataclass(frozen=True, kw_only=True)
+class Over:
+    """What episodes run on."""
+
+    hosts: int = option(0, "Hosts with a network between them, 2 or 3; 0: all on one.", minimum=0, maximum=3)
+    gpus: bool = option(False, "Ranks have GPUs, and run steps together.")
+
+    def where(self) -> Where:
+        """ConfigError: one host has no network, and ranks of several hosts run no steps together."""
+        if self.hosts == 1:
+            raise ConfigError("--hosts 1: there is no network within a host", hint="leave it out, or give 2 or 3")
+        if self.hosts and self.gpus:
+            raise ConfigError("--gpus: ranks of several hosts run no step together", hint="leave --hosts out")
+        return Where(self.hosts, self.gpus)
 
 
 @command
@@ -26,22 +42,23 @@ def simulate(
     jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
     replays: Annotated[int, typer.Option(min=0, help="Number of episodes to run again and compare.")] = 20,
     replay: Annotated[bool, typer.Option("--replay", help="Only the episode of --seed, as `replay`.")] = False,
-    hosts: HostsFlag = 0,
+    over: Over = Over(),
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Run a cluster through faults of all kinds under a virtual clock. Exit 1 if an invariant breaks.
 
     Controller, agents, ranks, engine and gateway run their shipped loops; clock, store and network are simulated. The
-    first episodes walk along all ordered pairs of faults. With `--hosts 3` hosts and links fail, too. A schedule that
-    breaks an invariant is minimised.
+    first episodes walk along all ordered pairs of faults. With `--hosts 3` hosts and links fail, too; with `--gpus`
+    ranks run steps together over windows of slots, and their kernels outlive them. A schedule that breaks an invariant
+    is minimised.
     """
     from chaos.simulation.campaign import simulate
 
-    first, hosts = seed_of(seed), several(hosts)
+    first, where = seed_of(seed), over.where()
     if replay:
-        _replay(first, None, output, hosts=hosts)
+        _replay(first, None, output, where)
     typer.echo(f"seed {first}", err=True)
-    receipt = simulate(first, faults, jobs, _ProgressLine(faults), replays=replays, hosts=hosts)
+    receipt = simulate(first, faults, jobs, _ProgressLine(faults), replays=replays, where=where)
     typer.echo("\r\x1b[K", err=True, nl=False)
     finish(receipt.ok, msgspec.to_builtins(receipt), [in_words(receipt)], output)
 
@@ -51,23 +68,17 @@ def replay(
     seed: Annotated[int, typer.Option(help="Of the episode.")],
     keep: Annotated[str, typer.Option(help="Only these of its events, as in 3,17,40; or `none`.")] = "",
     timing: Annotated[int, typer.Option(min=0, help="Other delays between the same events.")] = 0,
-    hosts: HostsFlag = 0,
+    over: Over = Over(),
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Run one episode of `simulate` again, or only some of its events, and print them. Exit 1 as `simulate` does."""
-    _replay(seed, kept(keep), output, timing, several(hosts))
+    _replay(seed, kept(keep), output, over.where(), timing)
 
 
-def several(hosts: int) -> int:
-    """The number, which 1 is not: one host has no network."""
-    if hosts == 1:
-        raise ConfigError("--hosts 1: there is no network within a host", hint="leave it out, or give 2 or 3")
-    return hosts
-
-
-def _replay(seed: int, keep: list[int] | None, output: Output, timing: int = 0, hosts: int = 0) -> None:
+def _replay(seed: int, keep: list[int] | None, output: Output, where: Where, timing: int = 0) -> None:
     echo = output is Output.JSON
-    episode = run_episode(seed, keep, lambda step: typer.echo(step_line(step), err=echo), timing, hosts)
+    hosts, gpus = where
+    episode = run_episode(seed, keep, lambda step: typer.echo(step_line(step), err=echo), timing, hosts, gpus=gpus)
     finish(not episode.violation, msgspec.to_builtins(episode), [_verdict(episode)], output)
 
 

@@ -69,14 +69,14 @@ def _simulate(runs: Sequence[Shown]) -> Catch:
 
     for done, run in enumerate(runs, start=1):
         try:
-            episode = run_episode(run.seed, run.keep, timing=run.timing, hosts=run.hosts)
+            episode = run_episode(run.seed, run.keep, timing=run.timing, hosts=run.hosts, gpus=run.gpus)
         except Exception as error:  # noqa: BLE001 - the mutant may raise anything
             return Catch(how=f"{type(error).__name__}: {error}", lives=done, shown=run)
         if episode.violation and run.keep is not None:
             return Catch(how=episode.violation, lives=done, shown=run, events=len(episode.steps))
         if episode.violation:
             shortest = minimise(episode, MINIMISE_LIMIT_S, clock=time.process_time)
-            shown = Shown(run.seed, shortest.keep, shortest.timing, run.hosts)
+            shown = Shown(run.seed, shortest.keep, shortest.timing, run.hosts, run.gpus)
             return Catch(how=episode.violation, lives=done, shown=shown, events=len(shortest.events))
     return Catch(lives=len(runs))
 

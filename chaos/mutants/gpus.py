@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chaos.mutants.mutant import Mutant
+from chaos.mutants.mutant import Mutant, Shown
 
 STEPS = "tests/unit/elastic/engine/test_gpu_steps.py"
 WINDOWS = "tests/unit/workers/agent/test_gpu_windows.py"
@@ -28,6 +28,41 @@ MUTANTS: tuple[Mutant, ...] = (
         before="if not process_ended(process, max(0.0, deadline - time.monotonic())):",
         after="if False:",
         tests=(f"{WINDOWS}::test_a_successor_waits_for_the_end_of_who_had_the_slot",),
+    ),
+    Mutant(
+        name="window-before-the-death",
+        guards="G3: an agent names to a slot's successor all that had it before and still run",
+        file="workers/agent/gpu_windows.py",
+        before="before = [process for other, process in self._by_pid.items() if other != pid]",
+        after="before = list[int]()",
+        gpus=True,
+        shown=Shown(17, (2, 3, 8), gpus=True),
+    ),
+    Mutant(
+        name="lost-is-taken-for-dead",
+        guards="G3: a pool is read once its rank's end is certain, not when the rank is given up",
+        file="workers/fleet/fleet.py",
+        before="ended = ended or source in CERTAIN or (page is not None and page.ended)",
+        after="ended = True",
+        gpus=True,
+        shown=Shown(17, (0, 7), 1, gpus=True),
+    ),
+    Mutant(
+        name="not-called-off",
+        guards="G3: a step over GPUs is called off once one of its ranks is lost",
+        file="elastic/engine/loop.py",
+        before="        self._call_off(self._gpu.failed())  # first",
+        after="        #",
+        tests=(f"{STEPS}::test_the_loss_of_a_rank_without_requests_is_a_loss_all_the_same",),
+    ),
+    Mutant(
+        name="answer-of-the-dead",
+        guards="G3: what a dead rank owed in a step over GPUs is not awaited of its successor",
+        file="elastic/engine/scheduler.py",
+        before="            self._serving.discard(home.rank)  # else its successor would owe that answer\n",
+        after="",
+        gpus=True,
+        shown=Shown(23, (13,), gpus=True),
     ),
     Mutant(
         name="another-rank-s-pool",

@@ -108,8 +108,9 @@ def _control_tests(mutants: Sequence[Mutant], pool: Executor) -> list[Control]:
 
 def _control_runs(found: Sequence[Hunted], pool: Executor) -> list[Control]:
     """The simulated runs that have shown a mutant, in the unchanged product."""
-    shown = [run for each in found if each.shown for run in (each.shown, Shown(each.seed, hosts=each.shown.hosts))]
-    runs = list(dict.fromkeys(shown))
+    shown = [each.shown for each in found if each.shown]
+    whole = [Shown(run.seed, hosts=run.hosts, gpus=run.gpus) for run in shown]
+    runs = list(dict.fromkeys(run for both in zip(shown, whole, strict=True) for run in both))
     shares = [_simulated(runs[at : at + CONTROL_SHARE]) for at in range(0, len(runs), CONTROL_SHARE)]
     return [(SIMULATE, pool.submit(_catch, None, SIMULATE, share)) for share in shares]
 
@@ -125,7 +126,7 @@ def _hunt(mutant: Mutant, lives: int, on_result: Callable[[Hunted], None]) -> Hu
     else:
         runs = [
             *filter(None, [mutant.shown]),
-            *(Shown(seed, hosts=mutant.hosts) for seed in range(FIRST, FIRST + lives)),
+            *(Shown(seed, hosts=mutant.hosts, gpus=mutant.gpus) for seed in range(FIRST, FIRST + lives)),
         ]
         catch = _catch(mutant, SIMULATE, _simulated(runs))
     found = Hunted(

@@ -14,6 +14,7 @@ class Shown(msgspec.Struct, frozen=True):
     keep: tuple[int, ...] | None = None
     timing: int = 0
     hosts: int = 0
+    gpus: bool = False
 
 
 class Mutant(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +28,7 @@ class Mutant(msgspec.Struct, frozen=True, kw_only=True):
     tests: tuple[str, ...] = ()  # ids of the tests that must fail; empty: simulated runs must find a violation
     shown: Shown | None = None  # tried first, only to be quick
     hosts: int = 0  # of the simulated runs that must find it; 0: all is on one
+    gpus: bool = False  # whether ranks have some in those
 
     @property
     def caught_by(self) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, count, islice, product
+from typing import NamedTuple
 
 import msgspec
 
@@ -59,6 +60,7 @@ class SimulationReceipt(msgspec.Struct, frozen=True, kw_only=True):
     ok: bool
     seed: int
     hosts: int  # 0: all on one
+    gpus: bool = False
     episodes: int = msgspec.field(name="lives")
     faults: int
     faults_per_minute: int
@@ -76,12 +78,26 @@ class SimulationReceipt(msgspec.Struct, frozen=True, kw_only=True):
     violations: tuple[Broken, ...] = ()
 
 
+class Where(NamedTuple):
+    """What episodes run on."""
+
+    hosts: int = 0  # 0: all is on one
+    gpus: bool = False
+
+    def run(self, seed: int) -> Episode:
+        """The episode of this seed."""
+        return run_episode(seed, hosts=self.hosts, gpus=self.gpus)
+
+
+ANYWHERE = Where()
+
+
 @dataclass
 class _Campaign:
     """The results so far."""
 
     seed: int
-    hosts: int
+    where: Where
     on_progress: OnProgress
     began: float = field(default_factory=time.monotonic)
     digests: dict[int, str] = field(default_factory=dict)
@@ -100,7 +116,7 @@ class _Campaign:
             self.totals[name] += getattr(episode, name)
         self.kinds.update(episode.kinds)
         self.points.update(episode.points)
-        self.pairs |= pairs_of(episode.steps, every_fault(self.hosts))
+        self.pairs |= pairs_of(episode.steps, every_fault(self.where.hosts, gpus=self.where.gpus))
         self.virtual_s += episode.seconds
         if episode.violation:
             self.broken.append((episode, episode.violation))
@@ -115,12 +131,13 @@ class _Campaign:
             self.broken.append((episode, "another outcome when it was run again"))
 
     def receipt(self, violations: Sequence[Broken]) -> SimulationReceipt:
-        every = list(product(sorted(every_fault(self.hosts)), repeat=2))
+        every = list(product(sorted(every_fault(self.where.hosts, gpus=self.where.gpus)), repeat=2))
         missing = [f"{first} then {second}" for first, second in every if (first, second) not in self.pairs]
         return SimulationReceipt(
             ok=not violations,
             seed=self.seed,
-            hosts=self.hosts,
+            hosts=self.where.hosts,
+            gpus=self.where.gpus,
             episodes=len(self.digests),
             faults_per_minute=round(60 * self.totals["faults"] / max(self.seconds, 1e-9)),
             kinds=dict(sorted(self.kinds.items())),
@@ -143,11 +160,11 @@ def simulate(
     *,
     replays: int = 0,
     minimised: int = MINIMISED,
-    hosts: int = 0,
+    where: Where = ANYWHERE,
 ) -> SimulationReceipt:
     """Run episodes from `seed` on in `jobs` processes until there were `faults`, then `replays` of them again."""
-    campaign = _Campaign(seed, hosts, on_progress)
-    episodes = _episodes(seeds_from(seed, hosts), jobs, hosts)
+    campaign = _Campaign(seed, where, on_progress)
+    episodes = _episodes(seeds_from(seed, where), jobs, where)
     for episode in episodes:
         campaign.add(episode)
         if len(campaign.digests) % PROGRESS_EVERY == 0:
@@ -157,17 +174,18 @@ def simulate(
     episodes.close()
     campaign.progress()
     campaign.seconds = time.monotonic() - campaign.began
-    for episode in _replayed(list(campaign.digests), replays, jobs, hosts):
+    for episode in _replayed(list(campaign.digests), replays, jobs, where):
         campaign.replay(episode)
         if campaign.replayed % BATCH == 0:
             campaign.progress(f"running again {campaign.replayed}/{replays}")
     return campaign.receipt(list(_minimised(campaign, minimised)))
 
 
-def seeds_from(seed: int, hosts: int = 0) -> Iterator[int]:
+def seeds_from(seed: int, where: Where = ANYWHERE) -> Iterator[int]:
     """All seeds in order: first those that walk along the pairs of faults, then the others."""
     first = -(-seed // PAIRED_EVERY) * PAIRED_EVERY
-    walks = list(range(first, first + PAIRED_EVERY * ROUNDS * parts(sorted(every_fault(hosts)), WALKED), PAIRED_EVERY))
+    pieces = ROUNDS * parts(sorted(every_fault(where.hosts, gpus=where.gpus)), WALKED)
+    walks = list(range(first, first + PAIRED_EVERY * pieces, PAIRED_EVERY))
     known = set(walks)
     return chain(walks, (other for other in count(seed) if other not in known))
 
@@ -178,46 +196,46 @@ def _minimised(campaign: _Campaign, most: int) -> Iterator[Broken]:
         if number < most and episode.violation == violation:
             campaign.progress(f"minimising seed {episode.seed}")
             minimal = minimise(episode, MINIMISE_S / most)
-        again = minimal.again if minimal else command(episode.seed, None, hosts=episode.hosts)
+        again = minimal.again if minimal else command(episode.seed, None, hosts=episode.hosts, gpus=episode.gpus)
         yield Broken(seed=episode.seed, violation=violation, again=again, minimal=minimal)
 
 
-def _episodes(seeds: Iterator[int], jobs: int, hosts: int) -> Generator[Episode, None, None]:
+def _episodes(seeds: Iterator[int], jobs: int, where: Where) -> Generator[Episode, None, None]:
     """Episodes in the order of `seeds`, without end."""
     if jobs == 1:
-        yield from (run_episode(seed, hosts=hosts) for seed in seeds)
+        yield from (where.run(seed) for seed in seeds)
         return
     batches = (list(islice(seeds, BATCH)) for _ in count())
-    for batch in _in_processes(batches, jobs, hosts):
+    for batch in _in_processes(batches, jobs, where):
         yield from batch
 
 
-def _replayed(known: Sequence[int], replays: int, jobs: int, hosts: int) -> Iterator[Episode]:
+def _replayed(known: Sequence[int], replays: int, jobs: int, where: Where) -> Iterator[Episode]:
     """A sample of the known seeds, run by fresh processes."""
     some = known[:: max(1, len(known) // replays)][:replays] if replays else []
     batches = [list(some[at : at + BATCH]) for at in range(0, len(some), BATCH)]
-    return (episode for batch in _in_processes(iter(batches), jobs, hosts) for episode in batch)
+    return (episode for batch in _in_processes(iter(batches), jobs, where) for episode in batch)
 
 
-def _in_processes(batches: Iterator[list[int]], jobs: int, hosts: int) -> Generator[list[Episode], None, None]:
+def _in_processes(batches: Iterator[list[int]], jobs: int, where: Where) -> Generator[list[Episode], None, None]:
     first = list(islice(batches, 2 * jobs))
     if not first:
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_starter) as pool:
-        running = deque(pool.submit(_batch, batch, hosts) for batch in first)
+        running = deque(pool.submit(_batch, batch, where) for batch in first)
         try:
             while running:
                 yield running.popleft().result(timeout=BATCH_LIMIT_S)
-                running.extend(pool.submit(_batch, batch, hosts) for batch in islice(batches, 1))
+                running.extend(pool.submit(_batch, batch, where) for batch in islice(batches, 1))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _batch(seeds: Iterable[int], hosts: int) -> list[Episode]:
+def _batch(seeds: Iterable[int], where: Where) -> list[Episode]:
     """Run some episodes here. Their garbage is small, and collecting it would take a tenth of the time."""
     gc.disable()
     try:
-        return [run_episode(seed, hosts=hosts) for seed in seeds]
+        return [where.run(seed) for seed in seeds]
     finally:
         gc.enable()
         gc.collect()

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable, Iterator
 from random import Random
 from typing import Any
 
+from msgspec.structs import replace as changed
+
 from chaos.simulation.clock import Clock, Worst
 from chaos.simulation.controller import ControllerProcess
 from chaos.simulation.engine import EngineProcess, SimServer
 from chaos.simulation.exchange import SimMask
 from chaos.simulation.fleet import Broadcast
 from chaos.simulation.gateway import ClientRequest, GatewayProcess
+from chaos.simulation.gpus import RUN_ON_S, SLOTS
 from chaos.simulation.host import Host
 from chaos.simulation.invariants import Invariants, Violation, early, require, require_none, unmasked
 from chaos.simulation.kv_model import EOS, KvModel
@@ -34,6 +37,7 @@ SERVED = ClusterConfig(
     kv_blocks=12, max_batched_tokens=9, max_seqs=4, max_model_len=48, eos_token_ids=(EOS,), vocab_size=50,
     coverage_deadline_s=20.0, lease_ttl_s=1.0, launch_deadline_s=8.0, load_stall_s=8.0, restart_window_s=15.0,
 )  # fmt: skip
+WITH_GPUS = changed(SERVED, gpu_exchange=SLOTS)
 RESTART_S = (0.1, 0.6)
 DELAY_S = (0.0005, 0.004)
 
@@ -266,7 +270,7 @@ class Cluster:
         for process in self.processes:
             process.resume()
         for rank in list(self.ranks.values()):
-            rank.slow = 1.0
+            rank.slow, rank.runs_on_s = 1.0, RUN_ON_S
             rank.resume()
         self.supervise()
 

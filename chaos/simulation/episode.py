@@ -19,8 +19,9 @@ import structlog
 
 from chaos.simulation.actions import ACTIONS
 from chaos.simulation.clock import WALL_S
-from chaos.simulation.cluster import Cluster
+from chaos.simulation.cluster import SERVED, WITH_GPUS, Cluster
 from chaos.simulation.faults import FAULTS, Action
+from chaos.simulation.gpu_faults import GPU_FAULTS
 from chaos.simulation.host_faults import ENDS, HOST_FAULTS
 from chaos.simulation.invariants import require
 from chaos.simulation.pairs import walk
@@ -34,6 +35,11 @@ PACES = ((120, 0.3), (120, 0.3), (120, 0.2), (60, 1.0))  # (number of events, fa
 GAPS_S = (0.0, 0.005, 0.05, 0.15, 0.4, 0.9)
 GAP_S = 1.0  # longest gap that events leave behind which are left out
 WALKED = 100
+AGENTS, RANKS = (1, 2, 2, 3), (1, 2, 3, 4, 4, 5)
+AGENTS_WITH_GPUS, RANKS_WITH_GPUS = (
+    (1, 1, 1, 2),
+    (2, 3, 4, 4, 5),
+)  # one agent's windows; of two ranks each has all
 SETTLED_WITHIN_S, POLL_S = 20.0, 0.5
 QUIESCENT_WITHIN_S = FAILED_REST_S + 20.0  # a rebalance that failed last thing rests before it is tried again
 CONVERGED_WITHIN_S = 10.0  # promised where nothing but links had failed
@@ -72,6 +78,7 @@ class Episode(msgspec.Struct, frozen=True, kw_only=True):
 
     seed: int
     hosts: int = 0
+    gpus: bool = False
     faults: int
     kinds: tuple[str, ...]
     steps: tuple[Step, ...] = ()
@@ -94,15 +101,16 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     fresh: bool  # the first events occur while the cluster is still starting
     schedule: tuple[Scheduled, ...]
     hosts: int = 0  # with a network between them; 0: all is on one
+    gpus: bool = False  # ranks run steps together over windows of slots
 
 
-def setup(seed: int, hosts: int = 0) -> Setup:
-    """What the seed determines, on one host or several."""
-    random = Random(f"{seed} on {hosts} hosts" if hosts else seed)
-    nodes = ("a", "b", "c")[: hosts or random.choice([1, 2, 2, 3])]
-    desired, fresh = random.choice([1, 2, 3, 4, 4, 5]), random.random() < 0.15
+def setup(seed: int, hosts: int = 0, *, gpus: bool = False) -> Setup:
+    """What the seed determines, on one host or several, or on one with GPUs."""
+    random = Random(f"{seed} on {hosts} hosts" if hosts else f"{seed} on GPUs" if gpus else seed)
+    nodes = ("a", "b", "c")[: hosts or random.choice(AGENTS_WITH_GPUS if gpus else AGENTS)]
+    desired, fresh = random.choice(RANKS_WITH_GPUS if gpus else RANKS), random.random() < 0.15
     events, pace = random.choice(PACES)
-    faults = sorted(every_fault(hosts))
+    faults = sorted(every_fault(hosts, gpus=gpus))
     kinds = sorted({*faults, *ACTIONS})
     if seed % PAIRED_EVERY == 0:
         walked = walk(faults, seed // PAIRED_EVERY, WALKED)
@@ -117,12 +125,12 @@ def setup(seed: int, hosts: int = 0) -> Setup:
     for kind in order:
         at += pace * random.choice(GAPS_S) * random.uniform(0.5, 1.0)
         schedule.append(Scheduled(round(at, 4), kind, random.getrandbits(48)))
-    return Setup(seed=seed, nodes=nodes, desired=desired, fresh=fresh, schedule=tuple(schedule), hosts=hosts)
+    return Setup(seed=seed, nodes=nodes, desired=desired, fresh=fresh, schedule=tuple(schedule), hosts=hosts, gpus=gpus)
 
 
-def every_fault(hosts: int = 0) -> dict[str, Action]:
-    """What may go wrong on one host, or on several."""
-    return FAULTS | HOST_FAULTS if hosts else FAULTS
+def every_fault(hosts: int = 0, *, gpus: bool = False) -> dict[str, Action]:
+    """What may go wrong on one host, on several, or on one with GPUs."""
+    return FAULTS | (HOST_FAULTS if hosts else {}) | (GPU_FAULTS if gpus else {})
 
 
 class _Run:
@@ -131,7 +139,8 @@ class _Run:
     def __init__(self, plan: Setup, on_step: OnStep, timing: int) -> None:
         self.plan, self.on_step = plan, on_step
         seed = f"{plan.seed}.{timing}" if timing else str(plan.seed)
-        self.cluster = Cluster(seed, plan.nodes, plan.desired, hosts=plan.hosts > 0)
+        config = WITH_GPUS if plan.gpus else SERVED
+        self.cluster = Cluster(seed, plan.nodes, plan.desired, config, hosts=plan.hosts > 0)
         self.random = Random(f"{seed} clients")
         self.trace: list[str] = []
         self.steps: list[Step] = []
@@ -157,7 +166,7 @@ class _Run:
 
     def _execute(self, index: int, event: Scheduled, began: float) -> None:
         cluster = self.cluster
-        action = every_fault(self.plan.hosts).get(event.kind) or ACTIONS[event.kind]
+        action = every_fault(self.plan.hosts, gpus=self.plan.gpus).get(event.kind) or ACTIONS[event.kind]
         outcome = action(cluster, Random(event.seed))
         step = Step(index, round(cluster.clock.now - began, 3), event.kind, outcome)
         self.steps.append(step)
@@ -235,6 +244,7 @@ class _Run:
         return Episode(
             seed=self.plan.seed,
             hosts=self.plan.hosts,
+            gpus=self.plan.gpus,
             faults=len(effective) + len(cluster.failpoints.triggered),
             kinds=tuple(sorted({step.kind for step in steps if step.outcome})),
             steps=steps,
@@ -260,13 +270,15 @@ def run_episode(
     on_step: OnStep = lambda step: None,
     timing: int = 0,
     hosts: int = 0,
+    *,
+    gpus: bool = False,
 ) -> Episode:
     """Run the seed's episode, or only the events `keep` of it. `on_step` gets each event that was executed.
 
     Another `timing` gives the same events at the same moments, with other delays of messages and turns between them.
     """
     with _quiet_logs():
-        run, violation = _Run(setup(seed, hosts), on_step, timing), ""
+        run, violation = _Run(setup(seed, hosts, gpus=gpus), on_step, timing), ""
         try:
             run.run(keep)
         except ElasticError as broken:

@@ -136,6 +136,14 @@ class FarLinks:
             self.made(peer)
 
 
+def wanted_by(chunks: list[SeqChunk]) -> list[Pair]:
+    """Which experts their tokens are for."""
+    tokens = {token for chunk in chunks for token in chunk.tokens}
+    return sorted(
+        {(layer, (token * 3 + layer + k * 5) % EXPERTS) for layer in range(LAYERS) for token in tokens for k in (0, 1)}
+    )
+
+
 class Bank:
     """The experts that a rank holds."""
 
@@ -213,10 +221,9 @@ class SimExchange:
         router, excluded = self._router, ctx.masked | self._rank.worker.masked() | self._unlinked(ctx)
         if router is None:
             raise CoverageLost("no view")
-        tokens = {token for chunk in chunks for token in chunk.tokens}
-        answered: list[tuple[int, Parcel]] = []
+        pairs, answered = wanted_by(chunks), list[tuple[int, Parcel]]()
         for layer in range(LAYERS):
-            wanted = np.array(sorted({(token * 3 + layer + k * 5) % EXPERTS for token in tokens for k in (0, 1)}))
+            wanted = np.array([expert for of_layer, expert in pairs if of_layer == layer])
             answered += self._settled(router, layer, wanted, excluded, ctx)
         return answered
 
@@ -262,19 +269,24 @@ class Runner:
     def run(self, chunks: list[SeqChunk], *, together: bool = False) -> list[SampledToken]:
         """The sampled tokens. Raises CoverageLost where an expert has no holder: the commit gate."""
         try:
-            require(not together, "a step over GPUs, of which there are none here")
-            return self._run(chunks)
+            return self._run(chunks, together)
         except Violation as violation:  # the caller takes any error for the model's
             self._rank.cluster.report(violation)
             raise
 
-    def _run(self, chunks: list[SeqChunk]) -> list[SampledToken]:
+    def _run(self, chunks: list[SeqChunk], together: bool) -> list[SampledToken]:
         rank, batch, view = self._rank, self.batch, self._rank.worker._view
         if batch is None:
             raise CoverageLost("no step")
         if rank.key not in rank.cluster.invariants.members.get(batch.epoch, ()):
             # It prepared an epoch of this number that was never committed. No answer of it may have an effect.
             return [SampledToken(chunk.seq, NONSENSE) for chunk in chunks if chunk.sample is not None]
+        if together:
+            if rank.worker.gpu is None:
+                raise Violation("a step over GPUs, of which there are none here")
+            rank.worker.gpu.shared.check()
+            rank.worker.gpu.shared.require_held(wanted_by(chunks))
+            return rank.cluster.kv.answer(batch, *rank.key).tokens
         masked = sum(1 << r for r in set(batch.masked))
         ctx = StepContext(view, batch.engine_token, batch.step, batch.attempt, masked)
         for layer, parcel in rank.exchange.asked(ctx, chunks):

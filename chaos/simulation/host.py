@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from msgspec.structs import replace as changed
 
+from chaos.simulation.gpus import Windows
 from chaos.simulation.invariants import require
 from chaos.simulation.process import Process
 from chaos.simulation.rank import RankProcess
@@ -20,7 +21,7 @@ from membership.base.rank_id import RankId
 from membership.store.mirror import Mirror
 from workers.agent.agent import Agent, AgentOptions, Parts
 from workers.agent.decide import relief
-from workers.agent.executor import Death
+from workers.agent.executor import LADDER_S, Death
 from workers.agent.registrar import Registrar
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class SimExecutor:
         self._starting: dict[RankId, tuple[RankProcess, OnStarted]] = {}
         self._going: set[RankId] = set()
         self._pools: set[RankId] = set()
+        self.windows = Windows()
         self._calls: list[Pending] = []
         self._on_death: Callable[[Death], None] = lambda death: None
         self._on_exit: Callable[[int, int], None] = lambda pid, status: None
@@ -137,7 +139,7 @@ class SimExecutor:
 
     def died(self, rank: RankProcess) -> None:
         self._host.after(0.001, self._bury, rank)
-        self._host.after(0.004, self._exited, rank)
+        self._host.after(max(0.004, rank.runs_on_for_s), self._exited, rank)
 
     def _bury(self, rank: RankProcess) -> None:
         self._not_ready(rank.key, RankDied(f"rank {rank.key[0]} ended before it was ready"))
@@ -168,6 +170,12 @@ class SimExecutor:
 
     def _end(self, rank: RankProcess, on_ended: Callable[[RankId], None]) -> None:
         rank.die()
+        if rank.over:
+            self._ended(rank, on_ended)
+        else:
+            self._host.after(min(rank.runs_on_for_s, LADDER_S[-1]), self._ended, rank, on_ended)
+
+    def _ended(self, rank: RankProcess, on_ended: Callable[[RankId], None]) -> None:
         self._forget(rank.key)
         on_ended(rank.key)
         self._host.wake(0.0)

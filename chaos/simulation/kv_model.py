@@ -61,14 +61,19 @@ class KvModel:
             end = chunk.start + len(chunk.tokens)
             written = chunk.blocks[chunk.start // self.block_size : -(-end // self.block_size)]
             require(all(users[block] == 1 for block in written), "a sequence writes to a block of another one")
-            for offset, token in enumerate(chunk.tokens):
-                self.cells[self._cell(rank, incarnation, chunk, chunk.start + offset)] = (chunk.start + offset, token)
+            self.write(rank, incarnation, chunk)
             token = NO_TOKEN if chunk.sample is None else next_token(self._read(rank, incarnation, chunk))
             targets = chunk.score.targets if chunk.score is not None else []
             scores = [TokenLogprobs(-float(chunk.start + row), [(target, 0.0)]) for row, target in enumerate(targets)]
             if chunk.sample is not None or chunk.score is not None:
                 sampled.append(SampledToken(chunk.seq, token, scores=scores))
         return reply(batch, rank, incarnation, sampled)
+
+    def write(self, rank: int, incarnation: int, chunk: SeqChunk, wrong: int = 0) -> None:
+        """What a chunk computes; `wrong`: of tokens that are that far off."""
+        for offset, token in enumerate(chunk.tokens):
+            position = chunk.start + offset
+            self.cells[self._cell(rank, incarnation, chunk, position)] = (position, token + wrong)
 
     def _read(self, rank: int, incarnation: int, chunk: SeqChunk) -> list[int]:
         wanted = range(chunk.start + len(chunk.tokens))

@@ -43,10 +43,11 @@ def invariant_of(violation: str) -> str:
     return re.sub(r"\b\w*\d[\w.]*\b|'.*?'", "#", words).strip()[:60]
 
 
-def command(seed: int, keep: Sequence[int] | None, timing: int = 0, hosts: int = 0) -> str:
+def command(seed: int, keep: Sequence[int] | None, timing: int = 0, hosts: int = 0, *, gpus: bool = False) -> str:
     """The command line that reproduces it; `keep` None: all of its events."""
     kept = "" if keep is None else f" --keep {','.join(map(str, keep)) or 'none'}"
-    over, timed = f" --hosts {hosts}" if hosts else "", f" --timing {timing}" if timing else ""
+    over = (f" --hosts {hosts}" if hosts else "") + " --gpus" * gpus
+    timed = f" --timing {timing}" if timing else ""
     return f"elastic-chaos replay --seed {seed}{over}{kept}{timed}"
 
 
@@ -59,7 +60,7 @@ def minimise(
     """The fewest events of this episode that still break the same invariant, as far as `limit_s` allows."""
 
     def again(seed: int, keep: Sequence[int], timing: int) -> Episode:
-        return run_episode(seed, keep, timing=timing, hosts=broken.hosts)
+        return run_episode(seed, keep, timing=timing, hosts=broken.hosts, gpus=broken.gpus)
 
     search = _Search(broken, run or again, clock, clock() + limit_s)
     search.shrink([step for step in broken.steps if step.outcome])
@@ -68,7 +69,7 @@ def minimise(
         keep=tuple(search.keep),
         events=search.shown.steps,
         violation=search.shown.violation,
-        again=command(broken.seed, search.keep, search.timing, broken.hosts),
+        again=command(broken.seed, search.keep, search.timing, broken.hosts, gpus=broken.gpus),
         timing=search.timing,
         episodes=search.episodes,
         complete=not search.late,
@@ -85,7 +86,8 @@ def _one_of_each_first(steps: Sequence[Step]) -> list[int]:
 class _Search:
     def __init__(self, broken: Episode, run: RunEpisode, clock: Callable[[], float], deadline: float) -> None:
         self.shown, self.timing, self.episodes = broken, 0, 0
-        self.keep = [step.index for step in broken.steps] or list(range(len(setup(broken.seed, broken.hosts).schedule)))
+        whole = setup(broken.seed, broken.hosts, gpus=broken.gpus).schedule
+        self.keep = [step.index for step in broken.steps] or list(range(len(whole)))
         self._run, self._clock, self._deadline = run, clock, deadline
         self._invariant = invariant_of(broken.violation)
 

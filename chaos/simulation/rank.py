@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from chaos.simulation.exchange import Bank, Runner, SimExchange, SimMask
+from chaos.simulation.gpus import ASK_AGAIN_S, RUN_ON_S, Kernels, SimGpuExchange
 from chaos.simulation.invariants import Violation, require
 from chaos.simulation.network import Stream
 from chaos.simulation.process import Process
@@ -26,6 +27,7 @@ from workers.fleet.watchdog import Look
 from workers.protocol.device_note import NOTHING, DeviceNote
 from workers.protocol.identity import Identity
 from workers.protocol.live_mask import LiveMask
+from workers.protocol.liveness import NUMBERS_PER_S
 from workers.protocol.load_progress import LoadSeen
 from workers.protocol.messages import CopyBlocks, StepBatch
 from workers.protocol.step_fence import FENCED_STATUS
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 BEAT_S, TURN_S, RETRY_S = 0.1, 0.4, 0.03
 TOOK_S = {"initialise": (0.05, 0.3), "prepare_epoch": (0.05, 0.3)}
-STEP_S = (0.01, 0.05)
+STEP_S, LAUNCH_S = (0.01, 0.05), (0.0005, 0.002)
 Reply = Callable[[Any, str], None]
 
 
@@ -79,6 +81,8 @@ class SimWorker(EPWorker):
         self.runner = Runner(rank)
         self._runner = cast(Any, self.runner)
         self._device = self._backend = self._latest = self._mask = None
+        self.gpu = SimGpuExchange(self._ctx, rank) if self._ctx.config.gpu_exchange else None
+        self._gpu_exchange = self.gpu
         self._load_turns, self._health = _NoTurns(), DeviceHealth()
         self._view, self._preparing, self._engine_token, self._left = View(epoch=0), {}, 0, set()
 
@@ -270,6 +274,10 @@ class RankProcess(Process):
         super().__init__(cluster, f"rank {key[0]}.{key[1]}", host.at)
         self.key, self.host, self.pid = key, host, cluster.next_pid()
         self.born, self.steps, self.slow, self.hang = self.clock.now, 0, 1.0, ""
+        self.windows = host.executor.windows
+        self.kernels: Kernels | None = None  # what it has launched last
+        self.called_off = 0  # as its liveness page says
+        self.runs_on_s, self._over_at = RUN_ON_S, 0.0  # of kernels after its death
         self.exchange = SimExchange(self)
         self.worker = SimWorker(self)
         self.port = Port(self)
@@ -308,8 +316,15 @@ class RankProcess(Process):
         """Nothing: it has no device."""
         return NOTHING
 
+    def call_off(self, below: int) -> None:
+        """See `LivenessPage`. Its kernels look there."""
+        self.called_off = max(below, self.called_off)
+        if self.kernels is not None:
+            self.kernels.look()
+
     def call_off_before(self, now: float) -> None:
-        """It has no GPU."""
+        """See `LivenessPage`."""
+        self.call_off(int(now * NUMBERS_PER_S))
 
     def look(self) -> Look:
         """What /proc and the liveness page show now."""
@@ -320,6 +335,16 @@ class RankProcess(Process):
     @property
     def ended(self) -> bool:
         return not self.alive
+
+    @property
+    def runs_on_for_s(self) -> float:
+        """For how long its process is not over though its main thread has ended."""
+        return max(0.0, self._over_at - self.clock.now)
+
+    @property
+    def over(self) -> bool:
+        """Whether its process has ended, as a pidfd says, and with it all that it had launched."""
+        return not self.alive and not self.runs_on_for_s
 
     # --- what is done to it
 
@@ -346,6 +371,8 @@ class RankProcess(Process):
         if self.alive:
             super().die()
             self.status = status
+            if self.kernels is not None and not self.kernels.ended:
+                self._over_at = self.clock.now + self.runs_on_s
             self.port.leave()
             self.cluster.rank_died(self)
 
@@ -362,12 +389,14 @@ class RankProcess(Process):
                 self._begin_call(*self._calls.popleft())
             elif (message := self.port.head) is not None and isinstance(message, StepBatch) and self._mine(message):
                 self._busy = True
-                self.after(self.random.uniform(*STEP_S) * self.slow, self._step)
+                took_s = self.random.uniform(*(LAUNCH_S if message.together else STEP_S))
+                self.after(took_s * self.slow, self._step)
             elif not self._serve():
                 return
 
     def _mine(self, batch: StepBatch) -> bool:
-        return bool(batch.ranks.get(self.key[0])) and batch.engine_token == self.port.token
+        named = self.key[0] in batch.ranks if batch.together else bool(batch.ranks.get(self.key[0]))
+        return named and batch.engine_token == self.port.token
 
     def _serve(self) -> bool:
         self._served += 1
@@ -378,9 +407,14 @@ class RankProcess(Process):
             return False
 
     def _step(self) -> None:
-        """End the step, unless a peer keeps it waiting."""
+        """End the step, unless a peer or its own kernels keep it waiting."""
         batch = self.port.head
-        self._waits = isinstance(batch, StepBatch) and self._mine(batch) and self._kept_waiting(batch)
+        mine = batch if isinstance(batch, StepBatch) and self._mine(batch) else None
+        if mine is not None and mine.together:
+            self._waits = self._launched(mine)
+            if self._waits:
+                return
+        self._waits = mine is not None and not mine.together and self._kept_waiting(mine)
         if self._waits:
             self.after(RETRY_S, self._step)
             return
@@ -389,6 +423,20 @@ class RankProcess(Process):
             self._serve()
             self.steps += 1
         self.turn()
+
+    def go_on(self) -> None:
+        """Its kernels have ended."""
+        if self._busy and self._waits:
+            self._step()
+
+    def _launched(self, batch: StepBatch) -> bool:
+        """Whether its kernels run, maybe from now on."""
+        if self.kernels is not None and (not self.kernels.ended or self.kernels.batch is batch):
+            return not self.kernels.ended
+        if self.worker.gpu is None or self.worker._refuse(batch):
+            return False
+        self.kernels = self.worker.gpu.launch(self.worker._view, batch)
+        return self.kernels is not None
 
     def _kept_waiting(self, batch: StepBatch) -> bool:
         """Whether a peer that must answer for rows is stopped."""
@@ -457,7 +505,9 @@ class RankProcess(Process):
             return
         others = {RankId(rank, incarnation) for rank, (incarnation, _) in peers.items()} - {self.key}
         reached = {peer for peer in others if self.exchange.reaches(peer)}
-        if reached == others:
+        if reached == others and self.worker.gpu is not None and not self.worker.gpu.opened():
+            self.after(ASK_AGAIN_S, self._prepared, made, args, reply, limit)
+        elif reached == others:
             for peer in sorted(others):
                 self.exchange.link(peer)
             self.worker.names.held |= experts_of(view, self.key[0])

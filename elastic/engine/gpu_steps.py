@@ -1,9 +1,10 @@
 """Which steps all ranks run together over their GPUs' windows (`--gpu-exchange`), and when one of them is called off.
 
 It may have pieces of prompts: windows have room for as many rows as a rank has in any step (`max_batched_tokens`).
-Ranks of such a step wait for each other's kernels, also for those of ranks without requests. So all live ranks are
-named in it, and once one of them is lost or does not finish, it is called off for all: the word that their kernels look
-at is set beyond its numbers. Its chunks are in the next step again. Pure: the loop carries out what is decided here.
+Windows are one agent's, so all live ranks must be its. They wait for each other's kernels, also for those of ranks
+without requests. So all of them are named in such a step, and once one is lost or does not finish, it is called off for
+all: the word that their kernels look at is set beyond its numbers. Its chunks are in the next step again. Pure: the
+loop carries out what is decided here.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class GpuSteps:
             and len(live) > 1
             and max(live) < self._slots
             and all(member.id in near for member in view.members if member.rank in live)
+            and len({member.node for member in view.members if member.rank in live}) == 1
             and self._rows_travel(view, live)
         )
 

@@ -172,6 +172,7 @@ class Scheduler:
         moved = []
         for home in list(homes):
             del self._homes[home.rank]
+            self._serving.discard(home.rank)  # else its successor would owe that answer
             if (suspect := home.suspect) is not None:
                 suspect.failed_on.add(home.rank_id)
                 if len(suspect.failed_on) >= MAX_FAILED_RANKS:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -21,26 +22,49 @@ from workers.protocol.liveness import process_ended
 from workers.protocol.window_client import ALL_SLOTS, WindowAsked, WindowGiven
 
 
+@dataclass(frozen=True)
+class Processes:
+    """How processes are followed, each by a descriptor. Simulated ones have others."""
+
+    opened: Callable[[int], int] = os.pidfd_open
+    ended: Callable[[int], bool] = lambda pidfd: process_ended(pidfd, 0.0)
+    close: Callable[[int], None] = os.close
+
+
+class Owners:
+    """The processes that have had one slot and may still run."""
+
+    def __init__(self, processes: Processes = Processes()) -> None:
+        self._processes = processes
+        self._by_pid: dict[int, int] = {}
+
+    def claimed_by(self, pid: int) -> list[int]:
+        """Note an owner; those before it that still run. HandoverRefused if they are too many."""
+        for other, process in list(self._by_pid.items()):
+            if self._processes.ended(process):
+                self._processes.close(self._by_pid.pop(other))
+        before = [process for other, process in self._by_pid.items() if other != pid]
+        if len(before) >= MAX_FDS:
+            raise HandoverRefused(f"{len(before)} processes that had this slot still run")
+        if pid not in self._by_pid:
+            self._by_pid[pid] = self._processes.opened(pid)
+        return before
+
+    def close(self) -> None:
+        """Forget them."""
+        for process in self._by_pid.values():
+            self._processes.close(process)
+        self._by_pid.clear()
+
+
 @dataclass
 class _Window:
-    """One slot's. `owners`: by process id, a pidfd of each process that has had the slot and may still run."""
+    """One slot's."""
 
     fd: int
     nbytes: int
     shape: str
-    owners: dict[int, int] = field(default_factory=dict)
-
-    def claimed_by(self, pid: int) -> list[int]:
-        """Note an owner; those before it that still run."""
-        for other, process in list(self.owners.items()):
-            if process_ended(process, 0.0):
-                os.close(self.owners.pop(other))
-        before = [process for other, process in self.owners.items() if other != pid]
-        if len(before) >= MAX_FDS:
-            raise HandoverRefused(f"{len(before)} processes that had this slot still run")
-        if pid not in self.owners:
-            self.owners[pid] = os.pidfd_open(pid)
-        return before
+    owners: Owners = field(default_factory=Owners)
 
 
 class GpuWindows:
@@ -67,8 +91,8 @@ class GpuWindows:
         with self._lock:
             window = self._windows.pop(number, None)
         if window is not None:
-            for fd in (window.fd, *window.owners.values()):
-                os.close(fd)
+            os.close(window.fd)
+            window.owners.close()
 
     def close(self) -> None:
         """Let go of all."""
@@ -88,7 +112,7 @@ class GpuWindows:
                 return Grant(msgspec.msgpack.encode(WindowGiven(0)))
             if window.shape != asked.shape:
                 raise HandoverRefused(f"the window of slot {asked.slot} is for {window.shape}, not for {asked.shape}")
-            before = window.claimed_by(link.peer_pid) if asked.own else []
+            before = window.owners.claimed_by(link.peer_pid) if asked.own else []
             theirs = [os.dup(fd) for fd in (window.fd, *before)]  # ours may be closed before they are sent
         return Grant(msgspec.msgpack.encode(WindowGiven(window.nbytes)), theirs, on_gone=lambda link: _close(theirs))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,13 +14,16 @@ import pytest
 from typer.testing import CliRunner
 
 from chaos.cli.main import app
-from chaos.cli.simulate import kept, several
-from chaos.simulation.campaign import Progress, SimulationReceipt, simulate
+from chaos.cli.simulate import Over, kept
+from chaos.simulation.campaign import Progress, SimulationReceipt, Where, simulate
 from chaos.simulation.episode import Episode, Step, run_episode, setup
 from chaos.simulation.faults import FAULTS
+from chaos.simulation.gpu_faults import GPU_FAULTS
+from chaos.simulation.gpus import Kernels, Windows
 from chaos.simulation.host_faults import HOST_FAULTS
 from chaos.simulation.minimise import invariant_of, minimise
 from chaos.simulation.pairs import pairs_of, parts, walk
+from chaos.simulation.rank import RankProcess
 from elastic.engine.scheduler import Scheduler
 from membership.base.errors import ConfigError
 
@@ -87,7 +91,7 @@ def test_a_campaign_breaks_no_invariant() -> None:
 
 
 def test_a_campaign_over_hosts_breaks_no_invariant() -> None:
-    receipt = simulate(seed=1, faults=300, jobs=1, hosts=3)
+    receipt = simulate(seed=1, faults=300, jobs=1, where=Where(hosts=3))
     assert receipt.ok, receipt.violations
     assert receipt.faults >= 300
     assert set(receipt.kinds) >= HOST_FAULTS.keys()
@@ -103,7 +107,41 @@ def test_hosts_are_another_episode_of_the_same_seed() -> None:
     again = CliRunner().invoke(app, ["replay", "--seed", "7", "--hosts", "3", "--keep", "none", "-o", "json"])
     assert msgspec.json.decode(again.stdout.splitlines()[-1], type=Episode) == run_episode(7, keep=[], hosts=3)
     with pytest.raises(ConfigError, match="no network within a host"):
-        several(1)
+        Over(hosts=1).where()
+
+
+def test_a_campaign_over_gpus_breaks_no_invariant() -> None:
+    receipt = simulate(seed=17, faults=100, jobs=1, where=Where(gpus=True))
+    assert receipt.ok, receipt.violations
+    assert receipt.gpus
+    total = int(receipt.pairs.split("/")[1])
+    assert total == (len(FAULTS) + len(GPU_FAULTS)) ** 2
+
+
+def test_steps_run_together_and_are_called_off_and_windows_wait_for_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the episodes above would show nothing. Kernels run on after the death of their process."""
+    ends, claims = Counter[tuple[str, bool]](), Counter[bool]()
+    end, claimed = Kernels._end, Windows.claimed
+
+    def ended(kernels: Kernels, failure: str) -> None:
+        ends[failure, kernels._rank.alive] += 1
+        end(kernels, failure)
+
+    def asked(windows: Windows, rank: RankProcess) -> bool:
+        claims[has := claimed(windows, rank)] += 1
+        return has
+
+    monkeypatch.setattr(Kernels, "_end", ended)
+    monkeypatch.setattr(Windows, "claimed", asked)
+    assert not any(run_episode(seed, gpus=True).violation for seed in (17, 26))
+    assert ends["", True] > 20
+    assert ends["called off", True] > 0
+    assert sum(count for (_, alive), count in ends.items() if not alive) > 0
+    assert claims[True] > 0 < claims[False]
+    again = CliRunner().invoke(app, ["replay", "--seed", "7", "--gpus", "--keep", "none", "-o", "json"])
+    assert msgspec.json.decode(again.stdout.splitlines()[-1], type=Episode) == run_episode(7, keep=[], gpus=True)
+    with pytest.raises(ConfigError, match="ranks of several hosts run no step together"):
+        Over(hosts=3, gpus=True).where()
 
 
 @pytest.mark.parametrize("line", CORPUS)

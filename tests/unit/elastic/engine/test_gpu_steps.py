@@ -10,6 +10,7 @@ import pytest
 
 from elastic.engine.gpu_steps import GpuSteps
 from elastic.engine.loop import Engine, Peers
+from elastic.engine.scheduler import Scheduler
 from membership.base.enums import DetectedBy
 from membership.base.rank_id import RankId
 from membership.store.records import ClusterState, View
@@ -24,9 +25,11 @@ NEAR = frozenset({RankId(0, 10), RankId(1, 11), RankId(2, 12)})
 HALF = {0: ((0,), (0,)), 1: ((1,), (1,)), 2: ((0, 1), (0, 1))}  # of the experts of both layers
 
 
-def apart_view(epoch: int = 1, ranks: tuple[int, ...] = (0, 1)) -> View:
-    """Each of ranks 0 and 1 holds half of the experts."""
+def apart_view(epoch: int = 1, ranks: tuple[int, ...] = (0, 1), other: str = "n") -> View:
+    """Each of ranks 0 and 1 holds half of the experts. `other`: the agent of the last one."""
     whole = view(epoch, {rank: 10 + rank for rank in ranks})
+    members = *whole.members[:-1], msgspec.structs.replace(whole.members[-1], node=other)
+    whole = msgspec.structs.replace(whole, members=members)
     return msgspec.structs.replace(whole, placement={rank: HALF[rank] for rank in ranks})
 
 
@@ -52,9 +55,10 @@ def test_a_decode_step_names_all_live_ranks_and_rises() -> None:
     [
         ({0: [1]}, apart_view(1, (0, 2)), NEAR),
         ({0: [1]}, apart_view(), frozenset({RankId(0, 10)})),
+        ({0: [1]}, apart_view(other="m"), NEAR),
         ({0: [1]}, view(1, {0: 10, 1: 11}), NEAR),
     ],
-    ids=["no slot", "another host", "all hold all"],
+    ids=["no slot", "another host", "another agent's windows", "all hold all"],
 )
 def test_other_steps_are_as_ever(sizes: dict[int, list[int]], used: View, near: frozenset[RankId]) -> None:
     given = batch(sizes)
@@ -176,3 +180,15 @@ def test_a_piece_of_a_prompt_is_computed_together_too() -> None:
     gpu = steps()
     most = config().max_batched_tokens
     assert gpu.plan(batch({0: [1, most - 1], 1: [60, 60]}), apart_view(), NEAR, 5.0).together
+
+
+def test_an_answer_that_a_dead_rank_owed_is_not_owed_by_its_successor() -> None:
+    """It had no requests, so nothing else followed before the view in which its slot is filled again."""
+    scheduler = Scheduler(config(), TOKEN, 0.0)
+    scheduler.set_view(apart_view(), (), 0.0)
+    scheduler.served_by([1])
+    assert scheduler.unanswered == {1}
+    scheduler.lose_ranks([1], 0.0, ended=True)
+    successor = msgspec.structs.replace(view(2, {0: 10, 1: 12}), placement=apart_view().placement)
+    scheduler.set_view(successor, (), 0.0)
+    assert not scheduler.unanswered
