@@ -14,10 +14,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from workers.model.cuda.expert_products import NARROW, WIDE, Tile
+from workers.model.cuda.expert_products import HIGH, NARROW, WIDE, Tile
 from workers.model.cuda.kernels import grouped_product
 
-NUMBERS = ["inner", "width", "inner_stride", "width_stride", "least", "below"]
+NUMBERS = ["inner", "width", "inner_stride", "width_stride", "least", "below", "shared_by"]
 POINTERS = {"rows": "*bf16", "order": "*i32", "matrices": "*i64", "ends": "*i32", "out": "*bf16"}
 ALIGNED = [*POINTERS, "inner", "width", "width_stride"]  # as torch's memory is, and the sizes of all models
 
@@ -26,7 +26,7 @@ def compiled(tile: Tile, architecture: int, *, gated: bool) -> str:
     """The PTX for bf16 matrices whose columns lie one behind the other, as those of experts do."""
     kernel: Any = grouped_product
     constants = dict(
-        inner_stride=1, EVEN=True, GATED=gated, SHARED_BY=0, KIND=tl.bfloat16,
+        inner_stride=1, EVEN=True, GATED=gated, KIND=tl.bfloat16,
         ROWS=tile.rows, COLUMNS=tile.columns, PIECE=tile.piece_bytes // 2,
     )  # fmt: skip
     names = kernel.arg_names
@@ -46,6 +46,7 @@ def main() -> None:
     found = {}
     for name, tile, architecture, gated in (
         ("narrow, 8.0", NARROW, 80, True), ("narrow, 9.0", NARROW, 90, False), ("wide, 9.0", WIDE, 90, True),
+        ("high, 9.0", HIGH, 90, True),
     ):  # fmt: skip
         ptx = compiled(tile, architecture, gated=gated)
         found[name] = [ptx.count("ld.global.b16"), ptx.count("cp.async.cg.shared.global")]

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
+from triton.runtime.errors import OutOfResources
 
 from membership.base.enums import Exactness
 from membership.base.errors import ModelError
@@ -64,22 +65,25 @@ class ExpertKernels:
     """
 
     def __init__(self, activation: Activation, *, wide: bool) -> None:
-        """`wide`: whether larger tiles may be used, where it is not to be seen first that they give the same bits."""
+        """`wide`: whether larger tiles may be used."""
         self.wide = wide
         self._activation = activation
-        self._gated: bool | None = None  # whether it is silu times the other half, which is done within the product
+        self._gated: bool | None = None
 
     def few(self, rows: int, groups: int) -> int:
         """From how many rows on a group of a call is computed in wide tiles, if `rows` are for `groups` in all."""
         return FEW if self.wide and 2 * rows >= FEW * groups else MANY
 
-    def look(self, up: Tensor) -> None:
-        """At the activation, for experts with this `gate_up`. Before anything is recorded."""
+    def look(self, up: Tensor) -> bool:
+        """At the activation, for experts with this `gate_up`: whether it is silu times the other half, which is done
+        within the product. Before anything is recorded.
+        """
         if self._gated is None:
             sample = torch.randn(TRIED, up.shape[1], generator=torch.Generator().manual_seed(0)).to(up.device)
             first, second = sample.chunk(2, dim=1)
             expected = functional.silu(first) * second
             self._gated = torch.allclose(self._activation(sample), expected, TOLERANCE, TOLERANCE)
+        return self._gated
 
     def run(
         self,
@@ -93,8 +97,7 @@ class ExpertKernels:
         """Of `up` and `down` one expert's matrix each, as which all are laid out, and the addresses of all. The rest as
         for `multiply`.
         """
-        self.look(up[0])
-        if self._gated:
+        if self.look(up[0]):
             middle = multiply(rows, *up, ends, picked, gated=True, few=few)
         else:
             middle = self._activation(multiply(rows, *up, ends, picked, few=few))
@@ -105,29 +108,39 @@ class CudaExpertProducts:
     """Satisfies `ExpertProducts`: exact by the kernel's fixed tiles, and checked once on the device that computes."""
 
     def __init__(self, activation: Activation, exactness: Exactness, calibrations: Calibrations) -> None:
-        self._unchecked = exactness == Exactness.INVARIANT
-        self.kernels = ExpertKernels(activation, wide=not self._unchecked)
+        self._exact = exactness == Exactness.INVARIANT
+        self._checked = False
+        self.kernels = ExpertKernels(activation, wide=False)
         self._calibrations = calibrations
         self._checking = threading.Lock()
 
     def calibrate(self, weights: ExpertWeights) -> None:
         """Check, with the first expert, that a row's bits are the same in groups of all sizes. ModelError if not; if it
-        is for wide and high tiles alone, they are not used.
+        is for larger tiles alone, or if this GPU has too little shared memory for them, they are not used.
         """
         with self._checking:
-            if not self._unchecked:
+            if self._checked:
                 return
-            wide = True
-            for matrix in (weights.gate_up, weights.down):
-                what = f"experts {tuple(matrix.shape)} on the GPU"
-                if self._calibrations.of(what, partial(_agreeing, matrix, MANY)) != CANDIDATES:
-                    hint = "--exactness stock serves without the guarantee"
-                    raise ModelError("experts: a row's result depends on its batch on this GPU", hint=hint)
-                wide &= self._calibrations.of(f"{what}, wide", partial(_agreeing, matrix, REFERENCE + 1)) == CANDIDATES
-            self._calibrations.keep()
-            self._unchecked, self.kernels.wide = False, wide
-            if not wide:
-                log.warning("wide_tiles_round_otherwise")
+            products = (weights.gate_up, self.kernels.look(weights.gate_up)), (weights.down, False)
+            wide = all(_fits(matrix, gated=gated) for matrix, gated in products)
+            if self._exact:
+                for matrix, gated in products:
+                    wide = self._same_bits(matrix, gated=gated, wide=wide) and wide
+                self._calibrations.keep()
+            self._checked, self.kernels.wide = True, wide
+
+    def _same_bits(self, matrix: Tensor, *, gated: bool, wide: bool) -> bool:
+        """Whether larger tiles give them, too, if they are asked for. ModelError if already small ones do not."""
+        what = f"experts {tuple(matrix.shape)}{', gated' * gated} on the GPU"
+        if self._calibrations.of(what, partial(_agreeing, matrix, MANY, gated)) != CANDIDATES:
+            hint = "--exactness stock serves without the guarantee"
+            raise ModelError("experts: a row's result depends on its batch on this GPU", hint=hint)
+        if not wide:
+            return False
+        same = self._calibrations.of(f"{what}, wide", partial(_agreeing, matrix, REFERENCE + 1, gated)) == CANDIDATES
+        if not same:
+            log.warning("wide_tiles_round_otherwise", product=what)
+        return same
 
     def padded(self, rows: int) -> int:
         """As many as there are: the kernel masks the rest of its tile."""
@@ -170,7 +183,7 @@ def multiply(
         piece = tile.piece_bytes // rows.element_size()
         grouped_product[(triton.cdiv(read, tile.columns), len(addresses))](
             rows, order, addresses, ends, out, inner, width, *matrix.stride(), least, below,
-            EVEN=inner % piece == read % tile.columns == 0, GATED=gated, SHARED_BY=shared_by, KIND=KINDS[rows.dtype],
+            shared_by, EVEN=inner % piece == read % tile.columns == 0, GATED=gated, KIND=KINDS[rows.dtype],
             ROWS=tile.rows, COLUMNS=tile.columns, PIECE=piece, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out
@@ -190,9 +203,35 @@ def _on_device(*lists: list[int], device: torch.device) -> tuple[Tensor, ...]:
     return numbers.to(device, non_blocking=True).split_with_sizes([len(part) for part in lists])
 
 
-def _agreeing(matrix: Tensor, few: int) -> Sequence[int]:
+def _fits(matrix: Tensor, *, gated: bool) -> bool:
+    """Whether this GPU can launch the larger tiles. They are compiled here, not in the midst of serving."""
+    try:
+        for rows in (FEW, MORE):
+            ends, addresses = _on_device([0, rows], addresses_of([matrix]), device=matrix.device)
+            multiply(matrix.new_zeros(rows, len(matrix)), matrix, addresses, ends, gated=gated, few=FEW)
+    except OutOfResources as error:
+        log.warning("wide_tiles_do_not_fit", product=tuple(matrix.shape), error=str(error))
+        return False
+    return True
+
+
+def _agreeing(matrix: Tensor, few: int, gated: bool) -> Sequence[int]:
+    """Row counts with the bits of 16 rows in small tiles. The kernel is the same for rows that are picked."""
+
     def product(rows: Tensor, weight: Tensor) -> Tensor:
         ends, addresses = _on_device([0, len(rows)], addresses_of([weight.t()]), device=rows.device)
-        return multiply(rows, weight.t(), addresses, ends, few=few)
+        cut = MANY if len(rows) == REFERENCE else few
+        return multiply(rows, weight.t(), addresses, ends, gated=gated, few=cut)
 
-    return calibrate_product(product, matrix.t(), "experts").sizes
+    return calibrate_product(product, matrix.t(), "experts", _with_open_gates if gated else _as_made).sizes
+
+
+def _as_made(made: Tensor) -> Tensor:
+    return made
+
+
+def _with_open_gates(made: Tensor) -> Tensor:
+    """Sums of the first half are not zero any more: else the others would be multiplied by next to nothing."""
+    half, width = len(made) // 2, made.shape[1]
+    made[:half] = made[:half].roll(1, 1) * width**-0.5
+    return made

@@ -224,7 +224,7 @@ def _silu_gate(both, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return (gate * up).to(both.dtype)
 
 
-@triton.jit(do_not_specialize=["least", "below"])
+@triton.jit(do_not_specialize=["least", "below", "shared_by"])
 def grouped_product(
     rows,
     order,
@@ -237,9 +237,9 @@ def grouped_product(
     width_stride,
     least,
     below,
+    shared_by,
     EVEN: tl.constexpr,
     GATED: tl.constexpr,
-    SHARED_BY: tl.constexpr,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -248,8 +248,8 @@ def grouped_product(
     """COLUMNS columns of one group's product: out[i, :] = rows[i, :] times the matrix of the group that has row i.
 
     out [R, width]; group g is rows ends[g] to ends[g + 1]; matrices[g] is the address of its matrix [inner, width] with
-    these strides, all of type KIND. rows [R, inner], or with SHARED_BY > 0 [R // SHARED_BY, inner]: then row i of the
-    product is made of row order[i] // SHARED_BY. GATED: matrices are [inner, 2 * width], and out is silu(rows times the
+    these strides, all of type KIND. rows [R, inner], or with shared_by > 0 [R // shared_by, inner]: then row i of the
+    product is made of row order[i] // shared_by. GATED: matrices are [inner, 2 * width], and out is silu(rows times the
     first half) * (rows times the second), each rounded as if it were kept. Nothing is done for rows of no group, nor
     for groups of fewer than `least` rows, or of `below` and more, which are for another launch with other tiles. EVEN:
     all tiles of the matrices are full, so that they are read without masks.
@@ -274,7 +274,8 @@ def grouped_product(
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
         real = row[:, None] < end
-        source = tl.load(order + row, mask=row < end, other=0) // SHARED_BY if SHARED_BY > 0 else row
+        picked = tl.load(order + row, mask=(row < end) & (shared_by > 0), other=0) // tl.maximum(shared_by, 1)
+        source = tl.where(shared_by > 0, picked, row)
         total = _tile_product(
             rows + source[:, None] * inner, real, matrix + read[None, :] * width_stride, there, inner, inner_stride,
             EVEN, ROWS, COLUMNS, PIECE,

@@ -22,7 +22,7 @@ def test_weights_of_experts_are_read_ahead_and_not_two_bytes_at_a_time(tmp_path:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 3
+    assert len(found) == 4
     for name, (narrow, ahead) in found.items():
         assert narrow == 0, name
         assert ahead >= 16, f"{name}: not the weights, then"

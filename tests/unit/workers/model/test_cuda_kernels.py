@@ -243,7 +243,27 @@ def test_tiles_that_round_otherwise_are_not_used(
     tile = getattr(expert_products, kind)
     monkeypatch.setattr(expert_products, kind, replace(tile, piece_bytes=64))  # sums 16 numbers at a time
     assert not used()
-    assert backend.expert_products(gated, Exactness.STOCK, Calibrations()).kernels.few(1000, 2) == FEW
+
+
+@pytest.mark.parametrize("exactness", Exactness)
+def test_tiles_that_do_not_fit_into_a_gpu_are_not_used(
+    backend: CudaBackend, exactness: Exactness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = FilledBank(backend, 1, 1, 24).weights(0, 0)
+    for module in (expert_products, row_tiles):
+        monkeypatch.setattr(module, "CANDIDATES", (16,))
+    real, most = multiply, {"rows": 1 << 20}
+
+    def of_a_small_gpu(rows: Tensor, *given: Any, few: int = MANY, **more: Any) -> Tensor:
+        if few < MANY and len(rows) > most["rows"]:
+            raise OutOfResources(98304, 65536, "shared memory")
+        return real(rows, *given, few=few, **more)
+
+    monkeypatch.setattr(expert_products, "multiply", of_a_small_gpu)
+    for most["rows"], expected in ((1 << 20, FEW), (FEW, MANY), (0, MANY)):
+        products = backend.expert_products(gated, exactness, Calibrations())
+        products.calibrate(weights)
+        assert products.kernels.few(1000, 2) == expected
 
 
 def product(rows: Tensor, matrices: Sequence[Tensor], ends: list[int]) -> Tensor:
