@@ -55,6 +55,10 @@ class DeviceHealth:
         except DeviceLost as lost:
             self._ending = lost
 
+    def answering(self) -> None:
+        """What peers have asked for is answered next. Lacks within steps, which replicas made good, do not count."""
+        self._refusal = None
+
     def answered(self) -> None:
         """What peers had asked for beside a step is answered. DeviceFull, if they are refused for want of memory."""
         refusal, self._refusal = self._refusal, None

@@ -540,6 +540,7 @@ class EPWorker:
             self._pools.rest()
             self._gpu_report.rest(self._backend, self._gpu_exchange, self._view)
             if self.exchange.pending():
+                self._health.answering()
                 self.exchange.serve()
                 self._health.answered()
         except Exception as error:

@@ -415,6 +415,16 @@ def test_experts_without_memory_are_counted_like_a_step(
         one_turn()
 
 
+def test_a_lack_of_memory_in_its_own_steps_refuses_no_peer(
+    worker: TestedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.exchange, "pending", lambda: True)
+    monkeypatch.setattr(worker.exchange, "serve", lambda: 1)
+    for _ in range(3):
+        worker.exchange.failed(OutOfDeviceMemory("tried to allocate 3 GiB"))  # as within a step
+        worker.poll()
+
+
 def test_a_newcomer_that_cannot_take_its_device_ends(worker: TestedWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OutOfDeviceMemory("cuda:0: no room for a context")

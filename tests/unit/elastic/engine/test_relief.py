@@ -115,6 +115,17 @@ def test_the_next_process_of_a_slot_that_could_not_prepare_is_counted_on_no_more
     assert relief.is_near(state(13, view=adopted, exits=exit_of(11)), adopted.epoch, NOW)
 
 
+def test_a_rank_that_serves_and_failed_once_takes_relief_from_no_later_view() -> None:
+    """It is in each of them; a read or a dial may fail once."""
+    relief = Relief()
+    failed = {RankId(0, 10): unable(12)[RankId(1, 12)]}
+    assert not relief.is_near(state(12, ranks=failed, **with_newcomer(12)), IN_USE.epoch, NOW)
+    retried = with_newcomer(12, 1) | {"next_revision": 9}
+    assert not relief.is_near(state(12, ranks=failed, **retried), IN_USE.epoch, NOW), "counted on once"
+    fresh = with_newcomer(13) | {"next_revision": 10}
+    assert relief.is_near(state(13, ranks=failed, **fresh), IN_USE.epoch, NOW)
+
+
 def test_nothing_is_on_its_way_while_the_store_is_away() -> None:
     loads = state(12, exits=exit_of(11), ranks=record(12, RankState.LOADING))
     assert Relief().is_near(loads, IN_USE.epoch, NOW, STORE_SILENCE_S - 0.1)

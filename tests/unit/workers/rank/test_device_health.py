@@ -80,6 +80,16 @@ def test_a_lack_of_memory_is_one_whatever_wraps_it() -> None:
         health.in_step(device(), wrapped)
 
 
+def test_what_a_steps_own_rows_lack_is_no_refusal_of_peers() -> None:
+    """Replicas computed them, and the steps went well."""
+    health = DeviceHealth()
+    for _ in range(3):
+        health.refused(device(), SHORT)
+        health.step_done()
+        health.answering()
+        health.answered()
+
+
 @pytest.mark.parametrize("error", [SHORT, OTHER])
 def test_a_rank_that_refuses_its_peers_for_want_of_memory_twice_in_a_row_ends(error: Exception) -> None:
     health = DeviceHealth()
