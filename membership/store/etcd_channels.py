@@ -6,6 +6,7 @@ accepts the new one: in the middle of a rotation it may know the old certificate
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", -1),  # a list of the whole prefix may exceed the default 4 MiB
 )
-ASK_S = 0.5  # that a new channel gets to be accepted
+ASK_S = 2.0  # that a new channel gets to be accepted: TLS takes several round trips
+PAUSE_S = 5.0  # after a refusal: calls to an etcd that is away shall not each wait for a new channel, too
 NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 Stamps = tuple[tuple[int, int, int], ...]  # of each file: what changes when it is written, or replaced
 
@@ -49,6 +51,7 @@ class Channels:
         self._trying = threading.Lock()  # other certificates: one thread at a time
         self._closed = False
         self._stamps = [self._files()] * len(urls)  # of what each client was made with
+        self._ask_at = [0.0] * len(urls)
         self._said = set[str]()  # warnings since certificates were changed
         self._clients = [self._made(url) for url in urls]
 
@@ -77,7 +80,7 @@ class Channels:
     def _try_others(self, endpoint: int) -> None:
         try:
             stamps = self._files()
-            if stamps == self._stamps[endpoint]:
+            if stamps == self._stamps[endpoint] or time.monotonic() < self._ask_at[endpoint]:
                 return
             self._credentials.tls()  # one of them may be half written, or not fit the other yet
             replaced = self._made(self._urls[endpoint])
@@ -86,6 +89,7 @@ class Channels:
             return
         where = self._urls[endpoint].netloc
         if (refusal := _refusal(replaced)) is not None:
+            self._ask_at[endpoint] = time.monotonic() + PAUSE_S
             self._say("etcd_certificates_not_accepted_yet", f"no connection to {where} with them: {refusal}")
         else:
             with self._lock:
@@ -118,7 +122,7 @@ class Channels:
 def _refusal(client: Any) -> str | None:
     """Why etcd takes no connection of this client; None if it answers, whatever it says."""
     try:
-        etcdrpc.MaintenanceStub(client.channel).Status(etcdrpc.StatusRequest(), timeout=ASK_S)
+        etcdrpc.MaintenanceStub(client.channel).Status(etcdrpc.StatusRequest(), timeout=ASK_S, wait_for_ready=True)
     except grpc.RpcError as error:
         return error.code().name.lower() if error.code() in NO_ANSWER else None
     return None

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from chaos.faults.proxy import Faults, TcpProxy, Way
 from elastic.serve.etcd_server import EtcdServer
 from membership.base.errors import ConfigError, StoreDenied, StoreUnavailable
 from membership.store.credentials import Credentials
@@ -166,6 +168,22 @@ def test_a_slow_answer_while_certificates_are_rotated_costs_no_connection(own: S
                 assert store.put(KEYS.desired, b"")
         assert [each["event"] for each in logged] == ["etcd_certificates_not_accepted_yet"], "it is said once"
         for name, path in servers.items():
+            shutil.copy(path, Path(own.credentials.ca).parent / name)
+        own.server.restart()
+        store.probe(T)
+        assert store.put(KEYS.desired, b"")
+
+
+def test_certificates_may_change_where_etcd_is_far(own: SecuredEtcd, tmp_path: Path) -> None:
+    """A new connection takes longer there than gRPC's first attempt at it."""
+    far = Faults(up=Way(delay_s=0.06), down=Way(delay_s=0.06))
+    with (
+        TcpProxy("127.0.0.1", urlsplit(own.url).port or 0) as proxy,
+        closing(connect([proxy.url.replace("http:", "https:")], own.credentials, prefix=KEYS.prefix)) as store,
+    ):
+        store.put(KEYS.desired, b"")
+        proxy.set(far)
+        for name, path in replaced(own, tmp_path).items():
             shutil.copy(path, Path(own.credentials.ca).parent / name)
         own.server.restart()
         store.probe(T)

@@ -97,7 +97,8 @@ def test_first_all_then_what_changes(gateway: RunningGateway, cluster: GatewayCl
         assert first["shape"] == {"layers": 1, "experts": 4, "max_ranks": 64, "models": [MODEL]}
         cluster.publish_view(dead=(1,))
         cluster.store.delete(cluster.keys.rank(1, 2))
-        assert patch_with(messages, "ranks") == {"1": {"state": "dead", "pid": 0}}
+        sole = {"sole_experts": 4}  # of rank 0, which has the only replicas now
+        assert patch_with(messages, "ranks") == {"0": sole, "1": {"state": "dead", "pid": 0}}
         load = ExpertLoad(at=1.0, loads=((16, 16, 8, 24),))
         cluster.store.put(cluster.keys.expert_load, codec.encode(load))
         assert patch_with(messages, "loads") == [[16, 16, 8, 24]], "though it wakes no reader of the mirror"
