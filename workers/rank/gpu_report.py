@@ -5,7 +5,6 @@ Asking the driver takes some tens of microseconds, so it is not done in each ste
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 EVERY_S = 2.0
+AGAIN_S = 60.0  # after one that failed: a lack of memory passes, another error is warned of rarely
 NOT_WANTED = "served with --gpu-exchange 0"
 
 
@@ -42,7 +42,7 @@ class GpuReport:
         self._after = after
 
     def rest(self, backend: Backend | None, exchange: GpuExchange | None, view: View) -> None:
-        """Call it often. It raises nothing: a rank that can go on must not end for the mere report, which ends."""
+        """Call it often. It raises nothing: a rank that can go on must not end for the mere report."""
         if backend is None or (now := self._clock()) < self._due_at:
             return
         self._due_at = now + EVERY_S
@@ -50,7 +50,7 @@ class GpuReport:
             self._report(backend, exchange, view)
         except Exception as error:  # noqa: BLE001 - whatever it is
             self._after(error)
-            self._due_at = math.inf
+            self._due_at = now + AGAIN_S
             log.warning("gpu_not_reported", error=repr(error))
 
     def _report(self, backend: Backend, exchange: GpuExchange | None, view: View) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from membership.store.records import GpuUse, View
 from workers.protocol.device_note import NOTHING, DeviceNotes
-from workers.rank.gpu_report import EVERY_S, NOT_WANTED, GpuReport
+from workers.rank.gpu_report import AGAIN_S, EVERY_S, NOT_WANTED, GpuReport
 
 pytestmark = pytest.mark.unit
 VIEW = View(epoch=1)
@@ -74,7 +74,7 @@ def test_a_rank_without_a_gpu_says_nothing() -> None:
     assert notes.read() == NOTHING
 
 
-def test_a_report_that_fails_is_looked_at_and_ends_without_the_rank() -> None:
+def test_a_report_that_fails_is_looked_at_and_is_made_again_later() -> None:
     now, errors = [100.0], list[BaseException]()
     notes, device = DeviceNotes(), Device(GpuUse(index=0, uuid="u" * 5000, free=2, total=9))
     report = GpuReport(notes, clock=lambda: now[0], after=errors.append)
@@ -84,3 +84,8 @@ def test_a_report_that_fails_is_looked_at_and_ends_without_the_rank() -> None:
     assert len(errors) == 1
     assert device.asked == 1
     assert notes.read() == NOTHING
+    device.gpu = GpuUse(index=0, uuid="u", free=2, total=9)
+    now[0] = 100.0 + AGAIN_S
+    report.rest(cast("Any", device), None, VIEW)
+    assert len(errors) == 1
+    assert notes.read().gpu is not None
