@@ -94,7 +94,7 @@ def _keep_split(partial, sizes, place, real, top, total, mixed, VALUE_WIDTH: tl.
     """What one split gives its rows. Of those that saw no cell the size alone says so, and nothing else is read."""
     wide = tl.arange(0, VALUE_WIDE)
     total = tl.max(total, 1)  # all columns are the same
-    some = total > 0.0
+    some = total != 0.0  # a sum that is no number is of cells that were seen, too
     total = tl.where(some, total, 1.0)
     tl.store(
         partial + place[:, None] * VALUE_WIDTH + wide[None, :],
@@ -432,13 +432,6 @@ def rotate(
 
 
 @triton.jit
-def _kept(given, out, WIDTH: tl.constexpr, WIDE: tl.constexpr):
-    wide = tl.arange(0, WIDE)
-    inside = wide < WIDTH
-    tl.store(out + wide, tl.load(given + wide, mask=inside, other=0.0).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def write_cells(
     keys,
     values,
@@ -457,11 +450,21 @@ def write_cells(
 ):
     """One (token, head): its key and its value go to cell cells[token]. keys and values [T, HEADS, width] with these
     strides; what is kept is [cells, HEADS, width].
+
+    Of a value that is not finite as it is kept, zeros are, and its key as no number. So each row that sees the cell is
+    no number, and no other: rows that share a product with it multiply the value by 0, and 0 x inf would be NaN.
     """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.load(cells + token) * HEADS + head
-    _kept(keys + token * key_token + head * key_head, kept_keys + at * WIDTH, WIDTH, WIDE)
-    _kept(values + token * value_token + head * value_head, kept_values + at * VALUE_WIDTH, VALUE_WIDTH, VALUE_WIDE)
+    wide, value_wide = tl.arange(0, WIDE), tl.arange(0, VALUE_WIDE)
+    key = tl.load(keys + token * key_token + head * key_head + wide, mask=wide < WIDTH, other=0.0)
+    value = tl.load(
+        values + token * value_token + head * value_head + value_wide, mask=value_wide < VALUE_WIDTH, other=0.0
+    ).to(kept_values.dtype.element_ty)
+    finite = tl.min((tl.abs(value.to(tl.float32)) < float("inf")).to(tl.int32), 0) == 1
+    key = tl.where(finite, key.to(kept_keys.dtype.element_ty), float("nan"))
+    tl.store(kept_keys + at * WIDTH + wide, key, mask=wide < WIDTH)
+    tl.store(kept_values + at * VALUE_WIDTH + value_wide, tl.where(finite, value, 0.0), mask=value_wide < VALUE_WIDTH)
 
 
 @triton.jit
