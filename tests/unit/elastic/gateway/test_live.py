@@ -64,7 +64,8 @@ def test_a_patch_says_what_has_changed_and_no_more() -> None:
     assert merge_patch(now, describe(replace(before, revision=10), 11.0, "")) == {}
     dead = describe(without(before, 2), 11.0, "")
     patch = merge_patch(now, dead)
-    assert patch["ranks"] == {"2": {"state": "dead", "pid": 0, "restarts": 2}}
+    sole = {"sole_experts": 4}  # of rank 0, which has the only replicas now
+    assert patch["ranks"] == {"0": sole, "2": {"state": "dead", "pid": 0, "restarts": 2}}
     assert patch["status"]["state"] == "degraded"
     assert patch.keys() == {"ranks", "status"}
     assert applied(now, patch) == dead

@@ -539,12 +539,15 @@ def test_experts_of_one_call_have_one_layout() -> None:
 
 
 def test_experts_are_checked_on_the_device_that_computes(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated_relu(both: Tensor) -> Tensor:
+        return torch.relu(both[:, :4]) * both[:, 4:]
+
     weights = ExpertWeights(torch.ones(4, 8), torch.ones(4, 4))
-    products = backend.expert_products(torch.relu, Exactness.INVARIANT, Calibrations())
-    monkeypatch.setattr("workers.model.cuda.expert_products._agreeing", lambda matrix, few: (16,))
+    products = backend.expert_products(gated_relu, Exactness.INVARIANT, Calibrations())
+    monkeypatch.setattr("workers.model.cuda.expert_products._agreeing", lambda matrix, few, gated: (16,))
     with pytest.raises(ModelError, match="depends on its batch on this GPU"):
         products.calibrate(weights)
-    backend.expert_products(torch.relu, Exactness.STOCK, Calibrations()).calibrate(weights)
+    backend.expert_products(gated_relu, Exactness.STOCK, Calibrations()).calibrate(weights)
 
 
 def test_ranks_of_a_host_take_its_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
