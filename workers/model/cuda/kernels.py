@@ -462,8 +462,8 @@ def write_cells(
         values + token * value_token + head * value_head + value_wide, mask=value_wide < VALUE_WIDTH, other=0.0
     ).to(kept_values.dtype.element_ty)
     finite = tl.min((tl.abs(value.to(tl.float32)) < float("inf")).to(tl.int32), 0) == 1
-    key = tl.where(finite, key.to(kept_keys.dtype.element_ty), float("nan"))
-    tl.store(kept_keys + at * WIDTH + wide, key, mask=wide < WIDTH)
+    key = tl.where(finite, key.to(tl.float32), float("nan"))
+    tl.store(kept_keys + at * WIDTH + wide, key.to(kept_keys.dtype.element_ty), mask=wide < WIDTH)
     tl.store(kept_values + at * VALUE_WIDTH + value_wide, tl.where(finite, value, 0.0), mask=value_wide < VALUE_WIDTH)
 
 
