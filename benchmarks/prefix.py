@@ -132,9 +132,16 @@ def killed(
     full = history.wait_adopted(mark, RANKS, "after the kill")
     over = history.wait(mark, "the recovery", lambda e: e.kind == "rank_recovered" and e.rank == victim["rank"])
     parts = _parts(over.fields, [e.fields for e in history.events[mark:] if e.kind == "request_salvaged"])
+    flips = [
+        f"{1000 * (history.when(e) - at):.0f} ms (pause of {e.fields['pause_ms']:.0f})"
+        for e in history.events[mark:]
+        if e.kind == "epoch_adopted"
+    ]
     cluster.wait_serving(RANKS)
     steady = [1000 * gap for ended, gap in gaps if all_began < ended - gap and ended < at]
-    silence = max((1000 * gap for ended, gap in gaps if ended > at), default=0.0)
+    gap, ended = max(((gap, ended) for ended, gap in gaps if ended > at), default=(0.0, at))
+    silence = 1000 * gap
+    parts += f"; the longest gap ended after {1000 * (ended - at):.0f} ms, flips after {', '.join(flips)}"
     full_ms = 1000 * (history.when(full) - at)
     return Killed(masked.fields["requests"], again, silence, percentile(steady, 0.99), full_ms, parts)
 

@@ -167,6 +167,9 @@ def rows_kill(scene: Scene) -> Iterator[Row]:
     """Kills of a rank under streams."""
     how = KILL_CONTEXT, KILL_STREAMS, 0, scene.chance, KILL_ANSWER
     found = [killed(scene.cluster, *how) for _ in range(scene.args.kills)]
+    for each in found:
+        beside = f"silence {each.silence:.0f} ms, steady p99 {each.steady_p99:.0f} ms, full {each.full:.0f} ms"
+        say(f"kill: {beside}; {each.parts}")
     worst = max(found, key=lambda each: each.silence - each.steady_p99)
     beside = f"silence {worst.silence:.0f} ms, steady p99 {worst.steady_p99:.0f} ms, n {len(found)}; {worst.parts}"
     yield at_most("kill: largest gap beyond steady p99", worst.silence - worst.steady_p99, "ms", 300.0, beside)

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,25 @@ def context_length(longest: int, block_size: int) -> int:
     return -(-longest // step) * step
 
 
+class Mask(NamedTuple):
+    """What a query may not look at, [tiles, 1, positions, length]. It is replaced and not just added to, as it may be
+    no number: by two operations that are vectorised, which the one that selects is not.
+    """
+
+    kept: Tensor  # int32: the bits that are left of a score: all, or none
+    added: Tensor  # float32: 0 or -inf
+
+    def of(self, tiles: slice, cells: slice) -> Mask:
+        """Of these alone."""
+        return Mask(self.kept[tiles, ..., cells], self.added[tiles, ..., cells])
+
+    def apply(self, scores: Tensor) -> None:
+        """To [tiles, heads, positions, rows of each, length] or the end of it, in place."""
+        hidden = slice(scores.shape[-1] - self.kept.shape[-1], None)
+        scores[..., hidden].view(torch.int32).bitwise_and_(self.kept.unsqueeze(3))
+        scores[..., hidden].add_(self.added.unsqueeze(3))
+
+
 @dataclass
 class Tiles:
     """Equal tiles: `count` of them with `positions` tokens each, all reading `length` cells."""
@@ -45,8 +65,10 @@ class Tiles:
     real: Tensor  # indices into count * positions that are not padding
     targets: Tensor  # their rows in the step
     in_order: bool  # targets are 0, 1, 2, ... and the only ones of the step
+    firsts: list[int]  # position of each tile's first query
+    ends: list[int]  # position after its last one
     cell_rows: dict[int, Tensor] = field(default_factory=dict)
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    masks: dict[int | None, Mask] = field(default_factory=dict)
 
     def rows(self, heads: int, rows_per_block: int) -> Tensor:
         """Rows of a layer's cache that hold the context of every (tile, head), in that order."""
@@ -58,16 +80,20 @@ class Tiles:
             self.cell_rows[heads] = torch.from_numpy(rows.reshape(-1)).to(self.tokens.device)
         return self.cell_rows[heads]
 
-    def mask(self, window: int | None) -> Tensor:
-        """0 where a query may look, -inf elsewhere: [count, 1, positions, length]."""
+    def mask(self, window: int | None) -> Mask:
+        """Where each query may not look."""
         if window not in self.masks:
             cells = torch.arange(self.length, device=self.where.device)
-            hidden = cells > self.where.unsqueeze(-1)
+            hidden = (cells > self.where.unsqueeze(-1)).unsqueeze(1)
             if window is not None:
-                hidden |= cells <= self.where.unsqueeze(-1) - window
-            mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
-            self.masks[window] = mask.unsqueeze(1)
+                hidden |= (cells <= self.where.unsqueeze(-1) - window).unsqueeze(1)
+            added = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            self.masks[window] = Mask(hidden.int() - 1, added)
         return self.masks[window]
+
+    def seen(self, first: int, end: int) -> int:
+        """How many cells these tiles have to look at: one of few lengths."""
+        return min(context_length(max(self.ends[first:end]), self.block_size), self.length)
 
 
 @dataclass
@@ -160,6 +186,8 @@ def _tiles(
         real=torch.from_numpy(np.flatnonzero(inside.reshape(-1))).to(device),
         targets=torch.from_numpy(targets).to(device),
         in_order=in_order,
+        firsts=[part[2] for part in parts],
+        ends=[part[2] + part[3] for part in parts],
     )
 
 
@@ -229,4 +257,5 @@ def _advance(tiles: Tiles, chunks: Sequence[SeqChunk]) -> Tiles:
     """The same tiles, one token further."""
     size = tiles.block_size
     tables = [c.blocks[: c.start // size + 1] for c in chunks]
-    return replace(tiles, tables=tables, where=tiles.where + 1, cell_rows={}, masks={})
+    firsts, ends = [c.start for c in chunks], [c.start + 1 for c in chunks]
+    return replace(tiles, tables=tables, where=tiles.where + 1, firsts=firsts, ends=ends, cell_rows={}, masks={})

@@ -6,11 +6,13 @@ request over, draws the same token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from membership.base.errors import ModelError, RequestError
@@ -20,6 +22,7 @@ from workers.protocol.messages import NO_TOKEN, History, Sampling, Score, TokenL
 
 GREEDY_BELOW = 1e-5  # a temperature that leaves nothing to chance, and by which no logit can be divided safely
 
+NO_NUMBERS = "the model's logits for this request are no numbers: what it is made of overflows somewhere"
 _TINY = np.finfo(np.float64).tiny  # less is no chance: what is barred
 _MASK = (1 << 64) - 1
 Row = npt.NDArray[np.float64]
@@ -106,24 +109,34 @@ def sample(
 
     `histories`: the tokens before it, of the rows whose logits are shaped.
     """
-    greedy = logits.argmax(dim=-1).tolist()
+    greedy, sound = _likeliest(logits)
     chosen: list[Drawn] = []
     histories = histories or [None] * len(settings)
     looked_at = [row for row, sampling in enumerate(settings) if not _is_plain(sampling)]
     seen = _on_host(logits, looked_at)
     for row, (sampling, position, history) in enumerate(zip(settings, positions, histories, strict=True)):
-        if _is_plain(sampling):
-            chosen.append(Drawn(int(greedy[row])))
+        values = None if _is_plain(sampling) else next(seen)
+        if not sound[row]:  # of this request alone, as below: the other rows' tokens count
+            chosen.append(Drawn(NO_TOKEN, error=NO_NUMBERS))
             continue
-        values = next(seen)
+        if values is None:
+            chosen.append(Drawn(greedy[row]))
+            continue
         try:
             shaped = _shaped(values, sampling, history, grammars)
-        except RequestError as error:  # of this request alone: the other rows' tokens count
+        except RequestError as error:
             chosen.append(Drawn(NO_TOKEN, error=str(error)))
             continue
         token = choose(shaped, sampling, position)
         chosen.append(Drawn(token, logprobs_of(values, token, sampling.logprobs) if sampling.logprobs >= 0 else None))
     return chosen
+
+
+def _likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """Each row's likeliest token, and whether it is one: the largest of logits with no number among them is none."""
+    tokens = logits.argmax(dim=-1, keepdim=True)
+    found = torch.cat((tokens.double(), logits.gather(1, tokens).double()), 1).tolist()  # in one copy, see `_on_host`
+    return [int(token) for token, _ in found], [math.isfinite(best) for _, best in found]
 
 
 def _is_plain(sampling: Sampling) -> bool:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from membership.base.errors import ModelError
-from workers.model.attention_plan import StepPlan, Tiles
+from workers.model.attention_plan import Mask, StepPlan, Tiles
 from workers.model.cpu.compute_threads import ComputeThreads
-from workers.model.cpu.kv_cache import Context, CpuKVCache
+from workers.model.cpu.kv_cache import Context, CpuKVCache, storable
 
 SLICE = 128  # cells per accumulated product with the values
 CACHED = 128 * 1024  # attention weights that are computed at once, so that they stay in a core's cache
@@ -42,7 +42,7 @@ class CpuAttention:
             raise ModelError("attention was called outside of a step")
         cache = self.cache.layers[layer]
         heads, rows = key.shape[1], plan.rows
-        new_keys, new_values = key[0].transpose(0, 1)[:rows], value[0].transpose(0, 1)[:rows]  # [T, Hkv, D]
+        new_keys, new_values = storable(key[0].transpose(0, 1)[:rows], value[0].transpose(0, 1)[:rows])  # [T, Hkv, D]
         layout = self.cache.layout(new_keys, new_values)
         key_cells, value_cells = (
             plan.cache_cells(heads, layout.rows_per_block, count)
@@ -99,9 +99,11 @@ class CpuAttention:
         mask = tiles.mask(window)
 
         def attend(part: range) -> Tensor:
-            own, first = slice(part.start, part.stop), part.start // heads
-            seen = mask[first : first + max(1, len(part) // heads)]
-            return mix(_probs(picked[own], context.keys[own], seen, scaling, group), context.values[own])
+            own, first, end = slice(part.start, part.stop), part.start // heads, (part.stop - 1) // heads + 1
+            seen = slice(0, tiles.seen(first, end))
+            always = min(tiles.firsts[first:end]) + 1 if window is None else 0  # that many cells all of them see
+            some = mask.of(slice(first, end), slice(min(always, seen.stop), seen.stop))
+            return mix(_probs(picked[own], context.keys[own, seen], some, scaling, group), context.values[own, seen])
 
         numbers = picked.shape[1] * tiles.length
         work = numbers * (width + context.values.shape[-1])  # of each
@@ -124,11 +126,11 @@ def parts(tiles: int, heads: int, numbers: int, threads: int = 1) -> list[range]
     return [range(a + b, a + min(b + size, within)) for a in starts for b in range(0, within, size)]
 
 
-def _probs(queries: Tensor, keys: Tensor, mask: Tensor, scaling: float, group: int) -> Tensor:
+def _probs(queries: Tensor, keys: Tensor, mask: Mask, scaling: float, group: int) -> Tensor:
     """Attention weights [(tile, head), rows, length]; rows beyond positions * group mean nothing."""
     scores = torch.bmm(queries * scaling, keys.transpose(1, 2))
-    tiles, _, positions, length = mask.shape
-    scores[:, : positions * group].view(tiles, -1, positions, group, length).add_(mask.unsqueeze(3))
+    tiles, _, positions, _ = mask.kept.shape
+    mask.apply(scores[:, : positions * group].view(tiles, -1, positions, group, keys.shape[1]))
     return torch.softmax(scores, dim=-1)
 
 

@@ -43,6 +43,17 @@ class Context(NamedTuple):
         return int(self.keys.nbytes + self.values.nbytes)
 
 
+def storable(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What is kept of new keys and values [tokens, heads, width]: those of a value that is not finite are a key that is
+    no number and zeros. So whoever sees the cell has no number there, and nobody else: a product multiplies what is
+    hidden by 0 as well, and 0 x inf would be NaN.
+    """
+    if math.isfinite(values.sum()):  # it is not where one of them is not
+        return keys, values
+    finite = values.isfinite().all(-1, keepdim=True)
+    return keys.where(finite, math.nan), values.where(finite, 0.0)
+
+
 class Rooms:
     """Memory that gathered contexts use again and again: the page faults of fresh memory take longer than the copy."""
 

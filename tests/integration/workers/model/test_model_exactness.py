@@ -16,7 +16,8 @@ from tests.support.model_helpers import Sequences, SpreadBank, make_runner, prom
 from workers.model.expert_bank import LocalExpertBank
 from workers.model.families import FAMILIES
 from workers.model.runner import ModelRunner
-from workers.protocol.messages import NO_TOKEN, Sampling, Score, TokenLogprobs
+from workers.model.sampler import NO_NUMBERS
+from workers.protocol.messages import NO_TOKEN, Sampling, Score, SeqChunk, TokenLogprobs
 
 pytestmark = pytest.mark.integration
 
@@ -67,6 +68,41 @@ def test_tokens_are_the_same_in_any_company(checkpoint: tuple[Path, str]) -> Non
         run_mixed(spread, work, NEW_TOKENS, rng)
         assert spread.tokens == alone
         assert spread.logprobs == bits
+    finally:
+        runner.close()
+
+
+def test_a_request_of_no_numbers_is_alone_with_them(checkpoint: tuple[Path, str]) -> None:
+    """Where a token's embedding overflows, nobody else has other bits: beside it, or in its blocks after it."""
+    rng = random.Random(5)
+    path, _ = checkpoint
+    runner = make_runner(path, blocks=40)
+    try:
+        work = {seq: [rng.randrange(VOCAB) for _ in range(40)] for seq in range(3)}
+        seen = set[int]().union(*work.values())
+        settings = [Sampling(logprobs=2), Sampling(temperature=0.8, seed=5, logprobs=2), Sampling(logprobs=2)]
+
+        def bits(others: list[int], beside: list[int]) -> dict[tuple[int, int], object]:
+            """Of prompts and a few tokens of `others`; `beside` is in their steps, and gives its blocks away."""
+            sequences = Sequences(runner, random.Random(6))
+            for seq in others:
+                sequences.add(seq, work[seq], settings[seq])
+            sequences.add(9, beside, Sampling(temperature=1.0, seed=4))
+            for most in (30, 30, 1, 1):
+                chunks = [sequences.chunk(seq, most) for seq in (*others, 9)]
+                sequences.step([chunk for chunk in chunks if chunk.tokens and NO_TOKEN not in chunk.tokens])
+            sequences.drop(9)
+            sequences.add(5, work[2], settings[2])
+            sequences.finish(5, 44)
+            seen.update(*sequences.tokens.values())
+            return {place: found for place, found in sequences.logprobs.items() if place[0] != 9}
+
+        right = bits([0, 1], work[2])
+        bad = next(token for token in range(VOCAB) if token not in seen)
+        runner.loaded.model.get_input_embeddings().weight.data[bad] = float("inf")
+        assert bits([0, 1], [*work[2][:20], bad, *work[2][21:]]) == right
+        (refused,) = runner.run([SeqChunk(0, 0, [1, bad], [0], Sampling(temperature=1.0))])
+        assert (refused.token, refused.error) == (NO_TOKEN, NO_NUMBERS)
     finally:
         runner.close()
 

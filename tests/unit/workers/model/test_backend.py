@@ -126,14 +126,16 @@ class Steps:
         self.found: dict[tuple[int, int, int], Tensor] = {}
         self.done: StepPlan | None = None
 
-    def run(self, chunks: Sequence[SeqChunk], *, padding: int = 0, window: int | None = None) -> None:
+    def run(
+        self, chunks: Sequence[SeqChunk], *, padding: int = 0, window: int | None = None, finite: bool = True
+    ) -> None:
         rows = sum(len(c.tokens) for c in chunks)
         plan = plan_step(chunks, BLOCK_SIZE, rows + padding, self.sequences.backend.device, self.done)
         self.attention.plan = plan
         for layer in range(LAYERS):
             out = self._forward(chunks, layer, padding, window)
             assert out.shape[1] == rows + padding
-            assert out.isfinite().all()
+            assert not finite or out.isfinite().all()
             for row, (seq, position) in enumerate(_places(chunks)):
                 self.found[seq, layer, position] = out[0, row]
         self.attention.plan, self.done = None, plan
@@ -207,6 +209,45 @@ def test_blocks_can_have_another_owner(sequences: Sequences) -> None:
     fresh = Steps(sequences, sequences.attention())
     fresh.run([sequences.chunk(1, 0, 40)])
     assert all(torch.equal(found, steps.found[place]) for place, found in fresh.found.items())
+
+
+@pytest.mark.usefixtures("spread")
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # Triton's interpreter's maximum
+@pytest.mark.parametrize(
+    ("part", "wrong", "window"),
+    [
+        ("values", torch.inf, None), ("values", torch.nan, 24), ("keys", torch.nan, None), ("keys", torch.nan, 24),
+        ("keys", torch.inf, None), ("keys", 3e38, None), ("queries", torch.inf, None),
+    ],
+)  # fmt: skip
+def test_what_is_not_finite_concerns_only_those_who_see_it(
+    sequences: Sequences, part: str, wrong: float, window: int | None
+) -> None:
+    """Not another request in the same tile or product, nor earlier tokens of its own prompt, another head, or whoever
+    has its blocks later. A key that is finite, and large, gives products that are not.
+    """
+
+    def found(cores: int) -> Steps:
+        sequences.backend.use_cores(cores)
+        steps = Steps(sequences, sequences.attention())
+        for start, count in ((0, 20), (20, 130), (150, 1), (151, 1), (152, 1)):
+            steps.run([sequences.chunk(s, start, count) for s in (0, 1)], window=window, finite=False)
+        sequences.tables[2] = sequences.tables[1]
+        for start, count in ((0, 20), (20, 1), (21, 1)):
+            steps.run([sequences.chunk(s, start, count) for s in (2, 3)], window=window, finite=False)
+        return steps
+
+    right = found(1)
+    getattr(sequences, part)[1, 0, 0, 60, 3] = wrong
+    heads = slice(1 if part == "queries" else sequences.group)
+    for cores in (1, 3):
+        for (seq, layer, position), one in found(cores).found.items():
+            expected, place = right.found[seq, layer, position], (seq, layer, position)
+            last = 60 if part == "queries" else 59 + (window or LONGEST)
+            sees = seq == 1 and layer == 0 and 60 <= position <= last
+            assert torch.equal(one[heads.stop if sees else 0 :], expected[heads.stop if sees else 0 :]), place
+            if sees and (part == "values" or wrong != wrong):
+                assert one[heads].isnan().all(), place
 
 
 def test_copied_blocks_are_the_same_tokens(sequences: Sequences) -> None:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.model.sampler import choose, logprobs_of, sample, uniform
-from workers.protocol.messages import Sampling
+from workers.model.sampler import NO_NUMBERS, choose, logprobs_of, sample, uniform
+from workers.protocol.messages import NO_TOKEN, Sampling, Shaping
 
 pytestmark = pytest.mark.unit
 
@@ -122,3 +122,27 @@ def test_a_seeded_stream_does_not_depend_on_its_company() -> None:
     alone = stream(0, 0)
     assert len(set(alone)) > 3
     assert stream(0, 0) == stream(3, 2) == alone
+
+
+@pytest.mark.parametrize("wrong", [[math.nan] * 50, [*[1.0] * 49, math.nan], [*[1.0] * 49, math.inf], [-math.inf] * 50])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Sampling(), Sampling(logprobs=2), Sampling(temperature=0.7, seed=3),
+        Sampling(temperature=1.0, top_p=0.5, top_k=4, shaping=Shaping(bias=[(4, 3.0)])),
+    ],
+)  # fmt: skip
+def test_logits_that_are_no_numbers_are_an_error_of_their_request_alone(wrong: list[float], asked: Sampling) -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(5))
+    others = [Sampling(temperature=1.0, seed=1), asked, Sampling(logprobs=0)]
+    right = sample(logits, others, [9] * 3)
+    logits[1] = torch.tensor(wrong)
+    found = sample(logits, others, [9] * 3)
+    assert (found[0], found[2]) == (right[0], right[2])
+    assert (found[1].token, found[1].error) == (NO_TOKEN, NO_NUMBERS)
+
+
+def test_barred_logits_leave_the_others() -> None:
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf, 0.5]])
+    assert [drawn.token for drawn in sample(logits, [Sampling()], [3])] == [1]
+    assert sample(logits, [Sampling(temperature=1.0, seed=2)], [3])[0].token in {1, 3}
