@@ -45,7 +45,7 @@ class Context(NamedTuple):
 
 def storable(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """What is kept of new keys and values [tokens, heads, width]: those of a value that is not finite are a key that is
-    no number and zeros. So whoever sees the cell has no number there, and nobody else: a product multiplies what is
+    no number and zeros. So a row that sees the cell is no number there, and no other: a product multiplies what is
     hidden by 0 as well, and 0 x inf would be NaN.
     """
     if math.isfinite(values.sum()):  # it is not where one of them is not

@@ -223,8 +223,8 @@ def test_blocks_can_have_another_owner(sequences: Sequences) -> None:
 def test_what_is_not_finite_concerns_only_those_who_see_it(
     sequences: Sequences, part: str, wrong: float, window: int | None
 ) -> None:
-    """Not another request in the same tile or product, nor earlier tokens of its own prompt, another head, or whoever
-    has its blocks later. A key that is finite, and large, gives products that are not.
+    """Not another request in the same tile or product, nor earlier tokens of its own prompt, another head, or those
+    that get its blocks later. A key that is finite, and large, gives products that are not.
     """
 
     def found(cores: int) -> Steps:
