@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from chaos.campaigns.campaign import seed_of
 from chaos.campaigns.suite import SuiteReceipt, run_suite
@@ -56,12 +57,12 @@ def show(receipt: SuiteReceipt, console: Console) -> None:
     for part in receipt.parts:
         title = f"{part.name} ({part.seconds:.0f} s)"
         for goal in part.goals:
-            table.add_row(
-                title, goal.what, goal.wanted, goal.reached, "[green]held[/]" if goal.ok else "[red]MISSED[/]"
-            )
+            end = Text("held", "green") if goal.ok else Text("MISSED", "red")
+            table.add_row(title, goal.what, goal.wanted, goal.reached, end)
             title = ""
         if not part.ok:
-            table.add_row(title, f"[red]{part.said or 'it failed'}[/]")
+            table.add_row(title, Text(part.said or "it failed", "red"))
     console.print(table)
-    verdict = "[green]every promise held[/]" if receipt.ok else "[red]the suite failed[/]"
-    console.print(f"\n{verdict} in {receipt.seconds / 60:.1f} minutes; again: make chaos SEED={receipt.seed}")
+    verdict = ("every promise held", "green") if receipt.ok else ("the suite failed", "red")
+    again = f" in {receipt.seconds / 60:.1f} minutes; again: make chaos SEED={receipt.seed}"
+    console.print(Text.assemble("\n", verdict, again))

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from elastic.cli.doctor_gpus import describe, exchange, fits, software
 from elastic.cli.flags import DISTRIBUTION
@@ -52,10 +53,8 @@ def show_findings(findings: list[Finding]) -> None:
     out = console()
     for finding in findings:
         hint = f"  -> {finding.hint}" if finding.hint else ""
-        out.print(
-            f"[{colours[finding.level]}]{finding.level:<5}[/] {finding.what:<12} {finding.message}{hint}",
-            soft_wrap=True,
-        )
+        level = (f"{finding.level:<5}", colours[finding.level])
+        out.print(Text.assemble(level, f" {finding.what:<12} {finding.message}{hint}"), soft_wrap=True)
 
 
 def show_timing() -> None:

@@ -34,8 +34,11 @@ COLOURS = {
 
 
 def console() -> Console:
-    """For stdout. A line that no terminal wraps is as long as it is: programs read it."""
-    return Console(width=None if sys.stdout.isatty() else UNWRAPPED)
+    """For stdout. A line that no terminal wraps is as long as it is: programs read it.
+
+    Without markup: what it shows has brackets of its own, as `elastic-ep[embedded]` and names of hosts may.
+    """
+    return Console(width=None if sys.stdout.isatty() else UNWRAPPED, markup=False, emoji=False)
 
 
 def status_view(document: dict[str, Any]) -> RenderableType:
@@ -174,7 +177,7 @@ def watch_status(
     interval_s: float = 0.5,
 ) -> None:
     """Redraw the status until `stop` is set."""
-    with Live(view(read()), refresh_per_second=4, transient=False) as live:
+    with Live(view(read()), console=console(), refresh_per_second=4, transient=False) as live:
         while not stop.wait(interval_s):
             live.update(view(read()))
 

@@ -27,7 +27,7 @@ from membership.base.errors import StoreDenied, StoreUnavailable
 from membership.base.events import EventLog
 from membership.base.rotation import Limit
 from membership.base.run_dir import ENV as RUN_DIR_ENV
-from membership.base.run_dir import default_run_dir, make_run_dir, run_dir
+from membership.base.run_dir import NEWBORN_S, default_run_dir, make_run_dir, remove_run_dir, run_dir
 from membership.base.starter import StarterWatch
 from membership.base.timing import ATTEMPT_PAUSE_S, HURRY_GRACE_S, ROLE_GRACE_S, STORE_AWAITED_S
 from membership.store.endpoints import require_listener
@@ -141,6 +141,26 @@ def connected(address: ClusterAddress, seen: str = "") -> EtcdStore:
 
 
 @contextmanager
+def run_dir_of(state_dir: Path) -> Iterator[None]:
+    """The run directory of this role and of its ranks: its supervisor's, else the state directory's.
+
+    The latter is removed at the end, unless another role that was started by itself has a socket in it.
+    """
+    supervised = bool(os.environ.get(RUN_DIR_ENV))
+    if not supervised:
+        os.environ[RUN_DIR_ENV] = str(run_dir(state_dir))
+    directory = make_run_dir(default_run_dir())
+    try:
+        yield
+    finally:
+        if not supervised:
+            from workers.ipc.handover import close_default  # its own socket, which most roles do not have
+
+            close_default()
+            remove_run_dir(directory, NEWBORN_S)
+
+
+@contextmanager
 def role(
     name: str, address: ClusterAddress, events: Path, limit: Limit, etcd_wait_s: float = STORE_AWAITED_S
 ) -> Iterator[tuple[Store, Stop, EventLog]]:
@@ -152,12 +172,11 @@ def role(
     descriptors.raise_limit()
     failpoints.arm(name, str(events))
     end_with_any_thread()
-    os.environ.setdefault(RUN_DIR_ENV, str(run_dir(events.parent)))  # its ranks', too
-    make_run_dir(default_run_dir())
     loop_watchdog.require()
     run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
     seen = os.environ.get(STORE_SEEN, "")
     with (
+        run_dir_of(events.parent),
         StopSignal(HURRY_GRACE_S) as stop,
         exported(name),
         closing(reach_store(partial(connected, address, seen), stop, etcd_wait_s)) as store,

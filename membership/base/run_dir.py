@@ -98,9 +98,12 @@ def sweep(directory: Path, newborn_s: float = NEWBORN_S) -> None:
                     os.unlink(entry.path)
 
 
-def remove_run_dir(directory: Path) -> None:
-    """Remove it and what was left in it, unless a process that still lives has a socket in it."""
-    sweep(directory, newborn_s=0.0)
+def remove_run_dir(directory: Path, newborn_s: float = 0.0) -> None:
+    """Remove it and what was left in it, unless a process that still lives has a socket in it.
+
+    `newborn_s`: as of `sweep`, where others may be about to begin.
+    """
+    sweep(directory, newborn_s)
     with suppress(OSError):
         directory.rmdir()
 

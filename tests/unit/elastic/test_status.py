@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from elastic import status as status_module
-from elastic.cli.render import links_view, nodes_view, status_view
+from elastic.cli.render import console, links_view, nodes_view, status_view
 from elastic.gateway.metrics import GatewayMetrics
 from elastic.status import ClusterStatus, cluster_status
 from membership.base.enums import OperationKind
@@ -133,6 +133,18 @@ def test_machines_and_zones_are_shown_where_an_agent_names_them() -> None:
         with console.capture() as text:
             console.print(status_view(document))
         assert [word in text.get() for word in ("machine", "worker-7", "zone", "eu-1b")] == [shown] * 4
+
+
+def test_names_of_hosts_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich takes brackets for styles, and for their ends: an error, where none has begun."""
+    name = "[/rack] [b]1 :key:"
+    agent = replace(healthy().agents["n"], node=name, machine=name)
+    document = json.loads(msgspec.json.encode(cluster_status(healthy(agents={name: agent}), 10.0)))
+    for rank in document["ranks"]:
+        rank["node"] = name
+    for view in (status_view(document), nodes_view(document)):
+        console().print(view)
+        assert name in capsys.readouterr().out
 
 
 def test_a_heartbeat_ages_from_when_it_was_seen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from elastic.serve.etcd_server import EtcdServer, free_ports
 from elastic.serve.role_main import connected, reach_store
 from elastic.serve.state_dir import ClusterAddress
 from membership.base.errors import ConfigError, StoreDenied, StoreUnavailable
+from membership.base.run_dir import ENV as RUN_DIR_ENV
+from membership.base.run_dir import run_dir
 from membership.base.timing import STORE_AWAITED_S
 from membership.store.etcd import EtcdStore, connect
 from membership.store.keys import Keys
@@ -51,14 +54,19 @@ def test_an_etcd_that_comes_later_is_awaited(tmp_path: Path) -> None:
 def test_a_role_is_started_before_its_etcd(commands: WarmCommands, tmp_path: Path) -> None:
     client, peer = free_ports(2)
     where = ["--etcd", f"http://127.0.0.1:{client}", "--cluster", "c", "--state-dir", str(tmp_path / "state")]
-    log = tmp_path / "log"
+    log, run = tmp_path / "log", run_dir(tmp_path / "state")
+    alone = {name: value for name, value in os.environ.items() if name != RUN_DIR_ENV}
     with log.open("wb") as out:
-        process = commands.start(["controller", "--node", "n", *where], os.environ, out.fileno())
+        process = commands.start(["controller", "--node", "n", *where], alone, out.fileno())
     try:
         eventually(lambda: b"store_awaited" in log.read_bytes(), 60.0, "it to say what it waits for")
         with EtcdServer(tmp_path / "etcd", ports=(client, peer)) as etcd, closing(connect([etcd.url])) as store:
             Scene(store, tmp_path / "events.jsonl").configure()
             eventually(lambda: store.get(Keys("c").leader), 60.0, "it to lead")
+            assert run.is_dir()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0
+            assert not run.exists(), "who was started by itself leaves no directory behind"
     finally:
         process.kill()
         process.wait(timeout=30)

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from chaos.campaigns.bursts import FOR_EACH_KIND
-from chaos.campaigns.suite import Goal, Part, Receipt, at_least, run_suite
+from chaos.campaigns.suite import Goal, Outcome, Part, Receipt, SuiteReceipt, at_least, run_suite
 from chaos.campaigns.suite_parts import Dose, parts
 from chaos.cli.suite import show
+from elastic.cli.render import console
 
 pytestmark = pytest.mark.unit
 
@@ -39,6 +40,15 @@ def test_parts_side_by_side_and_what_each_reached(tmp_path: Path, capsys: pytest
     assert progress[-1].startswith("late: BROKEN after")
     show(receipt, Console(width=200))
     assert "make chaos SEED=5" in capsys.readouterr().out
+
+
+def test_what_a_part_has_said_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be of any program: rich would take [/tmp/x] for the end of a style, and fail."""
+    failed = Outcome(name="soak", about="", ok=False, seconds=1.0, goals=(), said="no file [/tmp/x]")
+    show(SuiteReceipt(ok=False, seed=5, seconds=1.0, parts=(failed,)), console())
+    shown = capsys.readouterr().out
+    assert "no file [/tmp/x]" in shown
+    assert "the suite failed in 0.0 minutes; again: make chaos SEED=5" in shown
 
 
 def test_each_part_is_a_command_that_there_is(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from elastic.cli.doctor import Finding, examine, foreign_packages
+from elastic.cli.doctor import Finding, examine, foreign_packages, show_findings
 from elastic.cli.main import app
 from elastic.demo.model import write_demo_model
 from elastic.serve.options import ServeOptions
@@ -77,6 +77,13 @@ def test_one_finding_for_each_other_distribution() -> None:
 def test_packages_that_are_only_ours_are_ok() -> None:
     assert [each.level for each in foreign_packages({"elastic": ["elastic-ep", "elastic-ep"]})] == ["ok"]
     assert [each.level for each in examine(None, 4, 2.0) if each.what == "imports"] == ["ok"]
+
+
+def test_findings_are_shown_word_for_word(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich takes [embedded] for a style, [/models] for the end of one, and :key: for a picture."""
+    message, hint = "no etcd in [/models]: :key:", "pip install 'elastic-ep[embedded]'"
+    show_findings([Finding("etcd", "warn", message, hint)])
+    assert capsys.readouterr().out == f"warn  etcd         {message}  -> {hint}\n"
 
 
 def test_the_table_of_times() -> None:
