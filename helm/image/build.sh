@@ -5,7 +5,8 @@
 #   helm/image/build.sh cuda NAME@sha256:DIGEST OUTPUT
 #
 # The base: one of Debian with Python 3.11 or later. TORCH: the build of torch that you want, by default the one that your
-# index has; pip's variables that say which index that is are passed on. BUILDAH_FLAGS: such as --isolation=chroot.
+# index has; pip's variables that say which index that is, and whose certificate it has, are passed on, with the files that
+# they name. BUILDAH_FLAGS: such as --isolation=chroot.
 set -euo pipefail
 variant=${1:?cpu or cuda} base=${2:?the base image, by its digest} output=${3:?where to write the OCI archive}
 [[ $variant == cpu || $variant == cuda ]] || { echo "no variant $variant: cpu or cuda" >&2; exit 2; }
@@ -15,8 +16,9 @@ version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$source/pyproject.toml")
 extras=embedded
 [[ $variant == cuda ]] && extras=embedded,cuda
 arguments=(--build-arg "BASE=$base" --build-arg "VARIANT=$variant" --build-arg "EXTRAS=$extras")
-for name in TORCH PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS; do
+for name in TORCH PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CERT; do
     [[ -z ${!name:-} ]] || arguments+=(--build-arg "$name=${!name}")
+    [[ ${!name:-} != /* || ! -e ${!name} ]] || arguments+=(--volume "${!name}:${!name}:ro")
 done
 buildah build --file "$source/helm/image/Dockerfile" --ignorefile "$source/helm/image/Dockerfile.dockerignore" \
     "${arguments[@]}" ${BUILDAH_FLAGS:-} \

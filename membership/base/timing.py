@@ -92,6 +92,7 @@ PREPARE_RETRY_S = _time(0.5, "Pause before a view that a member failed to prepar
 PREPARE_RETRY_MAX_S = _time(10.0, "The longest such pause; a member that failed 3 times is replaced")
 _time = _times("change", "membership/planning/cluster_facts.py")
 VACATE_S = _time(30.0, "Max time a commit waits for requests to migrate off departing ranks")
+RECORD_MISSING_S = _time(10.0, "A new rank is lost once its record, or its agent's, has been missing for this long")
 _time = _times("change", "elastic/engine/migration.py")
 COPY_TIMEOUT_S = _time(5.0, "Max time for one half of a migrating request's KV copy")
 _time = _times("rank failure", "elastic/engine/salvage.py")

@@ -3,7 +3,8 @@
 A rank can be alive only while it is assigned. Once the controller has unassigned it, it never counts as alive again,
 whatever its records say later. A member is *dead* once its agent reported its exit, the engine masked it, or its node
 has another agent. A missing record is not enough: leases of healthy ranks expire, all at once, when the store or a
-machine was stalled. The engine probes members directly, so its mask is what counts.
+machine was stalled. The engine probes members directly, so its mask is what counts. A new rank, which none probes, is
+lost once its record, or its agent's, has been missing for `RECORD_MISSING_S`: who was only late is back by then.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from itertools import chain, islice
 
 from membership.base.errors import ConfigError
 from membership.base.rank_id import RankId
-from membership.base.timing import VACATE_S
+from membership.base.timing import RECORD_MISSING_S, VACATE_S
 from membership.placement.plan import max_ranks_allowed, refusal
 from membership.placement.tally import Domain
 from membership.planning import identity
@@ -174,8 +175,10 @@ class ClusterFacts:
         trouble = ""
         if self.exited(member):
             trouble = f"rank {member.rank} died: {self.state.exits[member.rank].reason}"
-        elif record is None and node not in self.state.agents:
-            trouble = f"rank {member.rank} is lost with the agent of node {node}"
+        elif record is None and (member.id in self.state.missing or node not in self.state.agents):
+            why = "its lease ran out" if node in self.state.agents else f"lost with the agent of node {node}"
+            since = self.state.missing.get(member.id)
+            trouble = f"rank {member.rank}: {why}" if since is None or self.now >= since + RECORD_MISSING_S else ""
         elif not registered and self.now >= spec.launched + limit:
             trouble = f"rank {member.rank} did not register within {limit:g} s of its launch"
         elif record is not None:

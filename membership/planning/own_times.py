@@ -4,6 +4,8 @@ Two facts hold whatever the clocks say. No record was written later than it was 
 process looks regularly was written just now. A time that contradicts them by more than the tolerated skew is moved, so
 a wait lasts as long as it was meant to if the writer's clock is wrong, or the reader's, or jumps. Times of exit records
 are left: `RankExit.held_back_s` bounds what they can do.
+
+No record says since when one is missing, so this process counts from when it first saw that.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from msgspec.structs import replace
 
+from membership.base.rank_id import RankId
 from membership.base.timing import CLOCK_SKEW_S
 from membership.store.records import ClusterState, Operation, RankSpec, View
 
@@ -28,13 +31,25 @@ class OwnTimes:
     def __init__(self) -> None:
         self._offsets: dict[Written, float] = {}
         self._looked_at: float | None = None
+        self._registered: set[RankId] = set()  # assigned ranks that have had a record
+        self._missing: dict[RankId, float] = {}
 
     def own(self, state: ClusterState, now: float) -> ClusterState:
         """`state` with its times on our clock; call it at each look. `now`: our time of day."""
         regular = self._looked_at is not None and 0.0 <= now - self._looked_at <= REGULAR_S
         self._offsets = {each: self._offset(each, now, regular) for each in _written(state)}
         self._looked_at = now
-        return _moved(state, self._offsets) if any(self._offsets.values()) else state
+        moved = _moved(state, self._offsets) if any(self._offsets.values()) else state
+        missing = self._since(state, now)
+        return replace(moved, missing=missing) if missing else moved
+
+    def _since(self, state: ClusterState, now: float) -> dict[RankId, float]:
+        """Assigned ranks whose record was there, or whose agent's is not, and since when they have none."""
+        assigned = {spec.id: node for node, each in state.assignments.items() for spec in each.ranks}
+        self._registered = {id for id in assigned if id in state.ranks or id in self._registered}
+        gone = (id for id, node in assigned.items() if node not in state.agents or id in self._registered)
+        self._missing = {id: min(now, self._missing.get(id, now)) for id in gone if id not in state.ranks}
+        return self._missing
 
     def _offset(self, written: Written, now: float, regular: bool) -> float:
         known = self._offsets.get(written)

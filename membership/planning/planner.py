@@ -16,7 +16,7 @@ import msgspec
 from msgspec.structs import replace
 
 from membership.base.enums import OperationKind
-from membership.base.timing import FAILED_REST_S, PREPARE_RETRY_MAX_S, PREPARE_RETRY_S
+from membership.base.timing import FAILED_REST_S, PREPARE_RETRY_MAX_S, PREPARE_RETRY_S, RECORD_MISSING_S
 from membership.placement.plan import moves
 from membership.planning.autosize import desired_by_agents
 from membership.planning.cluster_facts import ClusterFacts, scale_refusal
@@ -74,6 +74,7 @@ def due(state: ClusterState, now: float) -> float | None:
     times = [op.deadline for op in state.operations.values() if op.active]
     times += [last.not_before for last in state.exits.values()]
     times += [spec.launched + limit for a in state.assignments.values() for spec in a.ranks]
+    times += [since + RECORD_MISSING_S for since in state.missing.values()]
     if state.next is not None:
         facts = ClusterFacts(state, now)
         times += [state.next.staged + limit, state.next.staged + _pause(state.next.attempt), facts.vacated_by]

@@ -455,6 +455,7 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     operations: dict[str, Operation] = {}
     incarnation: int = 0  # the last incarnation given out (key `incarnation`, a Counter)
     incarnation_revision: int = 0
+    missing: dict[RankId, float] = {}  # whose records or agents' records are gone, since when: own_times.py, no key
 
     def paused(self, now: float) -> bool:
         """Whether planned changes are paused."""

@@ -169,12 +169,14 @@ class Admin:
         asked = self._asking.post(f"{self._url}/admin/v1/scale", json={"ranks": ranks}, headers=_bearer(token))
         where = asked.raise_for_status().headers["Location"]
 
-        def phase() -> str:
-            found = self._asking.get(self._url + where, headers=_bearer(token)).raise_for_status()
-            return str(found.json()["phase"])
+        def operation() -> dict[str, Any]:
+            found: dict[str, Any] = (
+                self._asking.get(self._url + where, headers=_bearer(token)).raise_for_status().json()
+            )
+            return found
 
-        eventually(lambda: phase() in ("done", "aborted"), READY_S, f"{ranks} ranks")
-        assert phase() == "done"
+        eventually(lambda: operation()["phase"] in ("done", "aborted"), READY_S, f"{ranks} ranks")
+        assert operation()["phase"] == "done", operation()
 
 
 def _bearer(token: str) -> dict[str, str]:

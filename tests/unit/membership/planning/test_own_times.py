@@ -9,11 +9,14 @@ from membership.base.enums import OperationKind
 from membership.base.timing import CLOCK_SKEW_S
 from membership.planning.own_times import REGULAR_S, OwnTimes
 from membership.store.records import (
+    AgentRecord,
     Assignment,
     ClusterState,
     Operation,
     Pause,
+    RankRecord,
     RankSpec,
+    RankState,
     RebalanceRequest,
     View,
 )
@@ -33,6 +36,7 @@ def written(at: float, revision: int = 2) -> ClusterState:
         revision=revision,
         view=View(epoch=1, staged=at),
         next=View(epoch=2, staged=at),
+        agents={"a": AgentRecord(node="a", pid=1, started=at, capacity=1)},
         assignments={"a": Assignment(node="a", ranks=(spec,))},
         operations={"op": operation},
         pause=Pause(since=at, until=at + 60),
@@ -129,3 +133,19 @@ def test_after_a_pause_in_our_looks_a_new_record_may_be_old() -> None:
     clock, state = OwnTimes(), written(NOW + 100)
     clock.own(EMPTY, NOW)
     assert clock.own(state, NOW + 160) is state
+
+
+def test_a_record_is_missing_from_when_it_was_first_seen_to_be() -> None:
+    """A rank that starts has none yet, unless its agent's is gone as well."""
+    clock, starting = OwnTimes(), written(NOW)
+    assert clock.own(starting, NOW).missing == {}
+    registered = replace(
+        starting, ranks={(0, 1): RankRecord(rank=0, incarnation=1, node="a", pid=2, state=RankState.LOADING)}
+    )
+    assert clock.own(registered, NOW + 1).missing == {}
+    for later_s in (2.0, 5.0):
+        assert clock.own(starting, NOW + later_s).missing == {(0, 1): NOW + 2.0}
+    assert clock.own(registered, NOW + 6).missing == {}
+    assert clock.own(starting, NOW + 7).missing == {(0, 1): NOW + 7.0}
+    assert OwnTimes().own(replace(starting, agents={}), NOW).missing == {(0, 1): NOW}
+    assert clock.own(replace(starting, assignments={}), NOW + 8).missing == {}

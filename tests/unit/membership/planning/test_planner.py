@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from membership.base.timing import RECORD_MISSING_S
 from membership.planning.cluster_facts import ClusterFacts
+from membership.planning.own_times import OwnTimes
 from membership.planning.planner import due, reconcile, sound
 from membership.store.records import Assignment, ClusterState, Desired, Operation, Pause, Phase, RankState
 from tests.support.world import CONFIG, World, phases
@@ -218,6 +220,48 @@ def test_a_quarantined_slot_stays_empty_until_the_next_scale() -> None:
     world.kill(5)
     world.settle()
     assert world.serving == (0, 2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("all_of_it", [True, False], ids=["agent", "rank"])
+def test_a_scale_goes_on_if_what_had_no_lease_is_back_in_time(all_of_it: bool) -> None:
+    """A busy machine renews late. The new ranks run on, and nobody but their leases says so."""
+    world, times = up(), OwnTimes()
+    name = world.scale(6).id
+    world.settle(until=lambda: {(4, 5), (5, 6)} <= {*world.state.ranks})
+    times.own(world.state, world.now)
+    before = world.state
+    for key in ((4, 5), (5, 6)):
+        world.store.delete(world.keys.rank(*key))
+    if all_of_it:
+        world.lapse("a")
+    for _ in range(3):
+        while world.controller_acts(times.own(world.state, world.now)):
+            pass
+        assert operation(world, name).active
+        world.now += RECORD_MISSING_S / 4
+    for node, agent in before.agents.items():
+        world.put(world.keys.agent(node), agent)
+    for key, record in before.ranks.items():
+        world.put(world.keys.rank(*key), record)
+    world.settle()
+    world.assert_whole(6)
+    assert operation(world, name).phase is Phase.DONE
+    assert world.state.incarnation == 6, "with the very ranks"
+
+
+def test_a_new_rank_is_lost_once_its_agent_stays_away() -> None:
+    world, times = up(nodes=("a", "b"), capacity=3), OwnTimes()
+    name = world.scale(6).id
+    world.settle(until=lambda: {(4, 5), (5, 6)} <= {*world.state.ranks})
+    node = world.state.ranks[5, 6].node
+    world.lapse(node)
+    own = times.own(world.state, world.now)
+    assert due(own, world.now) == world.now + RECORD_MISSING_S
+    world.now += RECORD_MISSING_S
+    while world.controller_acts(times.own(world.state, world.now)):
+        pass
+    assert operation(world, name).phase is Phase.ABORTED
+    assert operation(world, name).error.endswith(f"lost with the agent of node {node}")
 
 
 def test_a_newcomer_that_dies_aborts_and_rolls_back() -> None:
