@@ -149,6 +149,14 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=(f"{KV_COPIES}::test_blocks_of_another_copy_are_refused_and_leave_nothing_behind",),
     ),
     Mutant(
+        name="blocks-said-too-early",
+        guards="G3: KV blocks are said to be written out once the target has them, and not when they are on their way",
+        file="workers/rank/engine_port.py",
+        before="            self._worker.post_blocks(order, partial(self._posted.append, done))\n",
+        after="            self._posted.append(done)\n",
+        tests=(f"{ENGINE_PORT}::test_what_is_written_out_is_answered_once_the_target_has_it",),
+    ),
+    Mutant(
         name="draws-by-row",
         guards="G3: what is drawn depends on seed and position, not on the row in the batch",
         file="workers/model/sampler.py",

@@ -112,6 +112,11 @@ class SimWorker(EPWorker):
             self._process.cluster.report(violation)
             raise
 
+    def post_blocks(self, order: CopyBlocks, then: Callable[[], None]) -> None:
+        """What was copied is there, if its way is open."""
+        if self._process.exchange.reaches(order.target):
+            then()
+
     def execute_model(self, batch: StepBatch) -> Any:
         self.runner.batch = batch
         return super().execute_model(batch)

@@ -86,12 +86,8 @@ class Migration:
             for home in homes.values()
             if home.rank in self.leaving
             and any(sequence.seq not in self._staying for sequence in home.running)
-            and any(self._reaches(home, other) for other in homes.values())
+            and any(other not in self.leaving for other in homes)
         }
-
-    def _reaches(self, source: Home, target: Home) -> bool:
-        """Whether blocks can be copied there: within a host."""
-        return target.rank not in self.leaving and target.node == source.node
 
     # ---- moves
 
@@ -147,14 +143,14 @@ class Migration:
             fitting = [
                 home
                 for home in homes.values()
-                if self._reaches(source, home)
+                if home.rank not in self.leaving
                 and home.rank_id not in sequence.failed_on
                 and not self.arriving(home)
                 and len(home.running) < self._config.max_seqs
                 and home.pool.cost(blocks, shared[home.rank]) + len(home.running) <= home.pool.free
             ]
             if fitting:
-                target = min(fitting, key=lambda home: (len(home.running), home.pool.used, home.rank))
+                target = min(fitting, key=lambda home: _unwelcome(home, source.node))
                 there = shared[target.rank]
                 taken = target.pool.take(blocks, there)
                 self._moves.append(_Move(sequence, source, target, taken, now, copied=len(there)))
@@ -203,3 +199,8 @@ class Migration:
     def _give_up(self, move: _Move) -> None:
         self._moves.remove(move)
         move.target.pool.give_back(move.blocks)
+
+
+def _unwelcome(target: Home, node: str) -> tuple[bool, int, int, int]:
+    """The least is chosen: another host only where ours has no room."""
+    return target.node != node, len(target.running), target.pool.used, target.rank

@@ -6,9 +6,11 @@ import contextlib
 import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from membership.base.errors import ElasticError
+from membership.base.network import Network
 from membership.placement.plan import plan
 from membership.store.records import ClusterConfig, Member, View
 from workers.ipc.doorbell import Doorbell
@@ -22,9 +24,10 @@ DEADLINE_S = 30.0
 class RankThread:
     """One rank's busy loop."""
 
-    def __init__(self, rank: int, config: ClusterConfig) -> None:
+    def __init__(self, rank: int, config: ClusterConfig, network: Network | None) -> None:
         self.doorbell = Doorbell()
-        self.worker = EPWorker(WorkerContext(rank, rank + 1, "n", config, self.doorbell, {}, contextlib.nullcontext()))
+        context = WorkerContext(rank, rank + 1, "n", config, self.doorbell, {}, contextlib.nullcontext())
+        self.worker = EPWorker(replace(context, network=network))
         self.worker.init_device()
         self.worker.load_model()
         self.batches: queue.SimpleQueue[StepBatch | CopyBlocks] = queue.SimpleQueue()
@@ -46,7 +49,11 @@ class RankThread:
         if isinstance(message, StepBatch):
             return self.worker.execute_model(message)
         try:
-            return self.worker.copy_blocks(message)
+            done = self.worker.copy_blocks(message)
+            if message.arriving:
+                return done
+            self.worker.post_blocks(message, lambda: self.results.put(done))
+            return None
         except ElasticError as error:
             return str(error)  # the error itself would hold on to the lanes' memory
 
@@ -64,12 +71,12 @@ class RankThread:
 class Fleet:
     """Ranks and a minimal engine."""
 
-    def __init__(self, path: Path, ranks: int) -> None:
+    def __init__(self, path: Path, ranks: int, network: Network | None = None) -> None:
         self.config = ClusterConfig(
             cluster="c", model=str(path), served_model_name="m", moe_layers=2, experts=8,
             kv_blocks=64, max_model_len=256,
         )  # fmt: skip
-        self.ranks = [RankThread(rank, self.config) for rank in range(ranks)]
+        self.ranks = [RankThread(rank, self.config, network) for rank in range(ranks)]
         self.step = 0
         self.view = View(epoch=0)
 

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import ModuleType
@@ -163,6 +163,9 @@ class SmallWorker:
         if order.blocks == [13]:
             raise ValueError("block 13 cannot be copied")
         return len(order.blocks)
+
+    def post_blocks(self, order: CopyBlocks, then: Callable[[], None]) -> None:
+        then()
 
     def poll(self) -> None:
         self.polls += 1

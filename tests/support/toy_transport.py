@@ -75,6 +75,9 @@ class ToyLink:
     def outbox(self, nbytes: int) -> memoryview:
         return self.ours.bulk[:nbytes]
 
+    def post(self, then: Callable[[], None]) -> None:
+        then()
+
     def inbox(self) -> memoryview:
         return self.theirs.bulk
 

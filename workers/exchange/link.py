@@ -14,6 +14,7 @@ belongs to the open request are in `loop.py`; which incarnations may connect is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from membership.base.rank_id import RankId
@@ -110,10 +111,15 @@ class Link(Protocol):
     # -- bulk data of no step (KV blocks) ----------------------------------------------------------------------------
 
     def outbox(self, nbytes: int) -> memoryview[int]:
-        """Memory that the peer can read: `nbytes`, or as much as there is."""
+        """Memory for what the peer is to have: `nbytes`, or as much as there is."""
+
+    def post(self, then: Callable[[], None]) -> None:
+        """The outbox is whole. `then` is called once the peer can read it: at once, or later by a thread of the
+        transport, which rings our doorbell after it; never if the link ends before.
+        """
 
     def inbox(self) -> memoryview[int]:
-        """What the peer has put into its outbox for us. It changes when the peer writes again."""
+        """What the peer has posted for us, to be read once. It may change when the peer writes again."""
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

@@ -102,11 +102,15 @@ class Exchange:
         self._links.stir()
 
     def outbox(self, peer: RankId, nbytes: int) -> memoryview[int]:
-        """Host memory that this peer can read: `nbytes`, or as much as there is. RankError if it is not linked."""
+        """Host memory for this peer: `nbytes`, or as much as there is. RankError if it is not linked."""
         return self._linked(peer).outbox(nbytes)
 
+    def post(self, peer: RankId, then: Callable[[], None]) -> None:
+        """The outbox for this peer is whole: see `Link.post`. RankError if it is not linked."""
+        self._linked(peer).post(then)
+
     def inbox(self, peer: RankId) -> memoryview[int]:
-        """What this peer has put into its outbox for us; it changes if the peer writes again."""
+        """What this peer has posted for us, to be read once. RankError if there is nothing, or it is not linked."""
         return self._linked(peer).inbox()
 
     def _linked(self, peer: RankId) -> Link:

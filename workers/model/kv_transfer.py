@@ -1,7 +1,8 @@
-"""Moves KV blocks between two ranks' caches, over memory that both can reach: the bulk area of their exchange link.
+"""Moves KV blocks between two ranks' caches, over the bulk area of their exchange link: memory that both can reach, or
+a message between hosts.
 
-The source writes, the engine learns of it, the target reads: no rank waits for another. Each message begins with what
-it is for, so that a stale one is never taken for the one that was announced. The bits are copied as they are.
+The source writes, the engine learns that it is there, the target reads: no rank waits for another. Each message begins
+with what it is for, so that a stale one is never taken for the one that was announced. The bits are copied as they are.
 
 What a rank that has died had is read from its pool instead: the memory of its cache, which its agent has kept. A GPU
 copies it itself, also from another one.
@@ -24,7 +25,7 @@ HEADER_BYTES = 64
 Stamp = tuple[int, int]
 """(engine token, number of the copy): what a message belongs to."""
 Outbox = Callable[[int], "memoryview[int]"]
-"""Gives memory that the target can read: the number of bytes asked for, or as many as there are."""
+"""Gives memory for the target: the number of bytes asked for, or as many as there are."""
 
 
 def write_out(cache: KVCache, blocks: Sequence[int], outbox: Outbox, stamp: Stamp) -> int:
@@ -41,7 +42,8 @@ def write_out(cache: KVCache, blocks: Sequence[int], outbox: Outbox, stamp: Stam
 
 def take_in(cache: KVCache, blocks: Sequence[int], room: memoryview[int], stamp: Stamp) -> int:
     """Copy what was written out under this `stamp` into `blocks`; returns how many. RankError if it is another copy."""
-    found, wanted = _HEADER.unpack_from(room), (*stamp, len(blocks), cache.block_bytes)
+    found: tuple[int, ...] = _HEADER.unpack_from(room) if len(room) >= HEADER_BYTES else ()
+    wanted = (*stamp, len(blocks), cache.block_bytes)
     if found != wanted:
         raise RankError(f"KV blocks {found} have come instead of {wanted}")
     cache.copy_in(blocks, room[HEADER_BYTES:])

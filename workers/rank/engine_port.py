@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 import structlog
+from msgspec.structs import replace as replaced
 
 from membership.base import failpoints
 from membership.base.errors import CoverageLost, DeviceLost, ElasticError, Fenced, QueueClosed, QueueError, RankError
@@ -76,6 +77,7 @@ class EnginePort:
         self._outputs = OutputThread("engine-outputs")
         self._reads = EarlyReads()
         self._taken: deque[EngineMessage] = deque()  # amid a step, for when it is over
+        self._posted: deque[BlocksCopied] = deque()  # what targets have; other threads add to it
 
     @property
     def key(self) -> RankId:
@@ -166,7 +168,7 @@ class EnginePort:
 
     def pending(self) -> bool:
         """Whether `serve` would find something."""
-        return bool(self._taken) or (self._steps is not None and self._steps.pending())
+        return bool(self._taken or self._posted) or (self._steps is not None and self._steps.pending())
 
     def look_ahead(self) -> None:
         """Amid a step, now and then: begin reads of dead ranks' pools that were ordered meanwhile. What else has come
@@ -197,6 +199,8 @@ class EnginePort:
 
     def serve(self) -> bool:
         """Take one message, if there is any; whether there was."""
+        while self._posted:
+            self._answer(self._posted.popleft())
         if self._steps is None:
             return False
         try:
@@ -218,7 +222,7 @@ class EnginePort:
             elif isinstance(message, CopyBlocks):
                 if message.addressee == self.key:
                     self._forget(message)
-                    self._answer(self._copied(message))
+                    self._copy(message)
             else:
                 self._run(message)
                 self._on_step()
@@ -278,6 +282,18 @@ class EnginePort:
             answers.enqueue(result, timeout_s=STEP_ANSWER_TIMEOUT_S)
         except QueueError as error:  # the engine is going, or never came; it asks again if it still cares
             log.warning("answer_dropped", token=self.token, answer=type(result).__name__, reason=str(error))
+
+    def _copy(self, order: CopyBlocks) -> None:
+        """Answer once it is done. The engine orders the target's half then, so that must find the blocks."""
+        done = self._copied(order)
+        if order.arriving or done.error:
+            return self._answer(done)
+        try:
+            self._worker.post_blocks(order, partial(self._posted.append, done))
+        except ElasticError as error:
+            self._answer(replaced(done, error=str(error)))
+        while self._posted:
+            self._answer(self._posted.popleft())
 
     def _copied(self, order: CopyBlocks) -> BlocksCopied:
         """A failure is reported: the engine leaves the request where it is, or has it computed again."""

@@ -37,6 +37,7 @@ from workers.rank.environment import give_memory_back
 from workers.rank.expert_pieces import open_room
 from workers.rank.gpu_exchange import Apart, GpuExchange
 from workers.rank.gpu_report import GpuReport
+from workers.rank.kv_copies import copied
 from workers.rank.left_pools import LeftPools, keep_pool, map_on
 from workers.rank.load_turns import LoadTurns
 from workers.rank.step_clock import StepClock
@@ -472,15 +473,11 @@ class EPWorker:
         if self._runner is None:
             raise ConfigError("copy_blocks before load_model")
         with self._looked_at():
-            return self._copy_blocks(self._runner, order)
+            return copied(order, self._runner, self.exchange, self._pools)
 
-    def _copy_blocks(self, runner: ModelRunner, order: CopyBlocks) -> int:
-        if order.there:
-            return self._pools.read(runner, order)
-        stamp = (order.engine_token, order.copy)
-        if order.arriving:
-            return runner.take_in(order.blocks, self.exchange.inbox(order.source), stamp)
-        return runner.write_out(order.blocks, partial(self.exchange.outbox, order.target), stamp)
+    def post_blocks(self, order: CopyBlocks, then: Callable[[], None]) -> None:
+        """`then` is called once the target can read what `copy_blocks` has written out, maybe by another thread."""
+        self.exchange.post(order.target, then)
 
     def _refuse(self, batch: StepBatch) -> str:
         """Why this batch must have no effect, else empty. Flips to the batch's epoch if that is prepared."""

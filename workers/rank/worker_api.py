@@ -92,6 +92,11 @@ class Worker(Protocol):
         this may be in another thread, amid a step that calls `WorkerContext.look_ahead`.
         """
 
+    def post_blocks(self, order: CopyBlocks, then: Callable[[], None]) -> None:
+        """Send what `copy_blocks` has written out for another rank. `then` is called once that rank can take it in:
+        at once, or by another thread, and the doorbell is rung; never if the link with it ends.
+        """
+
     def poll(self) -> None:
         """Serve peers; called whenever the doorbell rang."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from membership.base.rank_id import RankId
@@ -64,6 +65,10 @@ class ShmLink:
     def outbox(self, nbytes: int) -> memoryview[int]:
         """SegmentError if there is no memory."""
         return self.ours.room_for_bulk(nbytes)
+
+    def post(self, then: Callable[[], None]) -> None:
+        """The peer reads where we have written."""
+        then()
 
     def inbox(self) -> memoryview[int]:
         return self.theirs.bulk()

@@ -13,7 +13,7 @@ from workers.exchange.link import Refusal, Reply, Request, Tag
 from workers.exchange.router import Parcel
 from workers.exchange.rows import DTYPES, Rows
 from workers.exchange.tcp.data import LinkData
-from workers.exchange.tcp.wire import Answer, Ask, Message, ask_frames, raw_rows, request_of
+from workers.exchange.tcp.wire import BULK, Answer, Ask, Bulk, Message, ask_frames, bulk_pieces, raw_rows, request_of
 
 Send = Callable[["TcpLink", Message, Sequence[memoryview]], None]
 """Sends a message, at once or by the transport's thread."""
@@ -36,6 +36,9 @@ class TcpLink:
         self._newest: Request | None = None
         self._answer: tuple[Answer, bytes | memoryview] = (_NOTHING_YET, b"")
         self._arriving = threading.Lock()
+        self._outbox = bytearray()
+        self._posted: tuple[int, Callable[[], None]] = (0, lambda: None)  # the last one, and what then follows
+        self._bulk: bytearray | None = None  # the peer's last one, until it is read
         self._room: Rows = np.empty((0, 0))
 
     @property
@@ -81,12 +84,20 @@ class TcpLink:
             self._send(self, Answer(tag, self.incarnation, True, refusal.experts, refusal.reason[:4000]), [])
 
     def outbox(self, nbytes: int) -> memoryview[int]:
-        """RankError: the engine moves no KV blocks between hosts."""
-        raise RankError(f"KV blocks cannot be copied to {self._peer}, which is on another host")
+        self._outbox = bytearray(min(nbytes, BULK))
+        return memoryview(self._outbox)
+
+    def post(self, then: Callable[[], None]) -> None:
+        posted, self._outbox = self._outbox, bytearray()
+        self._posted = self._posted[0] + 1, then
+        self._send(self, Bulk(self._posted[0]), bulk_pieces(memoryview(posted)))
 
     def inbox(self) -> memoryview[int]:
-        """As `outbox`."""
-        raise RankError(f"KV blocks cannot be copied from {self._peer}, which is on another host")
+        """RankError if nothing has come."""
+        arrived, self._bulk = self._bulk, None
+        if arrived is None:
+            raise RankError(f"nothing has come from {self._peer}")
+        return memoryview(arrived)
 
     def hang_up(self) -> None:
         self._end(self)
@@ -100,6 +111,18 @@ class TcpLink:
         """Take in what the peer has sent, unless it is older than what there is. RankError: it is malformed."""
         with self._arriving:
             self._arrived(head, buffers)
+
+    def bulk_arrived(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Keep it for `inbox`. RankError: it is too large."""
+        if sum(map(len, pieces)) > BULK:
+            raise RankError(f"{self._peer} sent more than {BULK} bytes at once")
+        self._bulk = bytearray().join(pieces)
+
+    def bulk_taken(self, number: int) -> None:
+        """The peer has what was posted under this number; that of an earlier one has no effect."""
+        posted, then = self._posted
+        if number == posted:
+            then()
 
     def _arrived(self, head: Ask | Answer, buffers: Sequence[bytes | memoryview]) -> None:
         if isinstance(head, Ask):

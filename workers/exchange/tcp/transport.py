@@ -28,7 +28,7 @@ from workers.exchange.tcp.data import LinkData
 from workers.exchange.tcp.ledger import Ledger
 from workers.exchange.tcp.link import TcpLink
 from workers.exchange.tcp.redial import Redial
-from workers.exchange.tcp.wire import Answer, Ask, Bye, Hello, Message, Refused, Welcome
+from workers.exchange.tcp.wire import Answer, Ask, Bulk, BulkTaken, Bye, Hello, Message, Refused, Welcome
 from workers.protocol.exchange_handle import TcpHandle
 from workers.queue.curve import Authenticator, serve_curve, use_curve
 from workers.queue.data_port import CAN_SEAL, DataPort, TakeUp
@@ -90,7 +90,7 @@ class TcpTransport:
             opened.callback(self._io.discard)
             auth = Authenticator(self._io.context, [connecting_keys(network).public])
             self._listener = self._io.context.socket(zmq.ROUTER)
-            self._listener.setsockopt(zmq.RCVHWM, 0)  # at most one request and one answer per peer are under way
+            self._listener.setsockopt(zmq.RCVHWM, 0)  # at most one request, answer and Bulk per peer are under way
             beat(self._listener, HEARTBEAT_S)
             serve_curve(self._listener, listening_keys(network))
             address = listen_for_hosts(self._listener, network.address, network.ports)
@@ -141,7 +141,8 @@ class TcpTransport:
         return TcpLink(self._links.me.incarnation, peer, self._send_soon, self._end_soon)
 
     def _send_soon(self, link: TcpLink, head: Message, buffers: Sequence[memoryview]) -> None:
-        if (data := link.data) is not None:
+        data = link.data
+        if data is not None and not isinstance(head, Bulk):  # rows do not wait behind what is large
             data.send(self._encode(head), buffers)
         else:
             self._run(partial(self._send, link, head, buffers))
@@ -252,6 +253,12 @@ class TcpTransport:
                 self._lost(link, "it has hung up", returns=False)
             elif isinstance(head, Ask | Answer):
                 link.arrived(head, buffers)
+                self._links.doorbell.ring()
+            elif isinstance(head, Bulk):
+                link.bulk_arrived(buffers)
+                self._send(link, BulkTaken(head.number))
+            elif isinstance(head, BulkTaken):
+                link.bulk_taken(head.number)
                 self._links.doorbell.ring()
         except (ElasticError, msgspec.MsgspecError) as error:
             log.warning("exchange_message_dropped", error=str(error))

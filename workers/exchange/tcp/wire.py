@@ -14,6 +14,9 @@ from workers.exchange.rows import DTYPES, Rows
 from workers.protocol.exchange_handle import TcpHandle
 from workers.queue.handle import Offer
 
+BULK = 8 << 20  # bytes of one Bulk at most, as over shared memory
+PIECE = 64 << 10  # of them in a frame: each that arrives shows a slow link's other end that we live
+
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """First message of the side that dials: `Links.hello`, and where the other side connects to in turn."""
@@ -59,11 +62,23 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, tag=True):
     reason: str = ""
 
 
+class Bulk(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Data of no step (KV blocks); its pieces follow."""
+
+    number: int
+
+
+class BulkTaken(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """This Bulk has arrived, and can be read."""
+
+    number: int
+
+
 class Bye(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The sender has hung up."""
 
 
-Message = Hello | Welcome | Refused | Ask | Answer | Bye
+Message = Hello | Welcome | Refused | Ask | Answer | Bulk | BulkTaken | Bye
 
 
 def ask_frames(tag: Tag, incarnation: int, parcel: Parcel, rows: Rows, dtype: int) -> tuple[Ask, list[memoryview]]:
@@ -85,6 +100,11 @@ def request_of(head: Ask, buffers: Sequence[bytes | memoryview]) -> Request:
         raise RankError(f"malformed request {head} with {len(pairs)} pairs and {len(data)} bytes of rows")
     rows = np.frombuffer(data, kind).reshape(count, head.hidden)
     return Request(head.tag, head.experts, head.counts, pairs.copy(), rows, head.dtype)
+
+
+def bulk_pieces(data: memoryview) -> list[memoryview]:
+    """As they are sent."""
+    return [data[at : at + PIECE] for at in range(0, len(data), PIECE)]
 
 
 def raw_rows(rows: Rows) -> memoryview:

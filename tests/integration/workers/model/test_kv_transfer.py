@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from membership.base.errors import ElasticError
+from membership.base.network import Network
 from membership.base.rank_id import RankId
 from tests.support.families import VOCAB, write_checkpoint
 from tests.support.model_helpers import prompts
 from tests.support.rank_threads import Fleet
 from workers.exchange.shm import wire
+from workers.exchange.tcp.link import TcpLink
 from workers.protocol.messages import CopyBlocks, Sampling, SeqChunk
 
 pytestmark = pytest.mark.integration
@@ -31,6 +34,19 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture
 def fleet(checkpoint: Path) -> Iterator[Fleet]:
     made = Fleet(checkpoint, 3)
+    try:
+        made.use([0, 1, 2])
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def far_fleet(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    """Each rank takes the others to be on other hosts."""
+    numbers = count()
+    monkeypatch.setattr("workers.exchange.auto.this_host", lambda: f"host {next(numbers)}")
+    made = Fleet(checkpoint, 3, Network("127.0.0.1", "moe", b"a secret of the tests' cluster"))
     try:
         made.use([0, 1, 2])
         yield made
@@ -97,6 +113,20 @@ def test_moved_sequences_yield_the_same_bits(fleet: Fleet) -> None:
     work = prompts(9, VOCAB, chance, longest=70)
     expected = run(fleet, work, chance, 0.0)
     assert run(fleet, work, chance, 0.4) == expected
+
+
+def test_over_a_network_too(far_fleet: Fleet) -> None:
+    chance = random.Random(8)
+    work = prompts(6, VOCAB, chance, longest=70)
+    expected = run(far_fleet, work, chance, 0.0)
+    assert run(far_fleet, work, chance, 0.4) == expected
+    assert all(type(link) is TcpLink for rank in far_fleet.ranks for link in rank.worker.exchange._links.live)
+    ends = RankId(0, 1), RankId(1, 2)
+    assert far_fleet.copy(CopyBlocks(1, 1007, *ends, [3, 4])) == 2
+    with pytest.raises(ElasticError, match="instead of"):
+        far_fleet.copy(CopyBlocks(1, 1008, *ends, [3, 4], True))
+    with pytest.raises(ElasticError, match="nothing has come from rank 0"):
+        far_fleet.copy(CopyBlocks(1, 1007, *ends, [3, 4], True))
 
 
 def test_a_sequence_moves_in_the_middle_of_its_prompt(fleet: Fleet) -> None:

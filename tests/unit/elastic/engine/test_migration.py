@@ -268,18 +268,24 @@ def test_without_room_a_request_waits_for_it_where_it_is() -> None:
     scene.finish(MEMBERS)
 
 
-def test_another_host_is_out_of_reach() -> None:
-    scene = Scene(0)
-    members = (Member(rank=0, node="n", incarnation=10), Member(rank=1, node="other", incarnation=11))
+@pytest.mark.parametrize("near", [True, False], ids=["room on its host", "none left there"])
+def test_another_host_is_the_second_choice(*, near: bool) -> None:
+    scene = Scene(0, ranks=3)
+    nodes = {0: "other", 1: "n", 2: "n"}
+    members = tuple(Member(rank=r, node=nodes[r], incarnation=i) for r, i in scene.members.items())
     scene.scheduler = Scheduler(config(), TOKEN)
-    scene.scheduler.set_view(View(epoch=1, members=members, placement=view(1, MEMBERS).placement), [], 0.0)
-    for n in range(2):
-        scene.client.submit(scene.scheduler, ask(f"r{n}", [5 + n] * 5, ignore_eos=True), 0.0)
+    placement = view(1, scene.members).placement
+    scene.scheduler.set_view(View(epoch=1, members=members, placement=placement), [], 0.0)
+    scene.scheduler.leave([0, 2])
+    scene.client.submit(scene.scheduler, ask("r", [5] * 9, 12, ignore_eos=True), 0.0)
     scene.step()
-    scene.scheduler.leave([1])
-    assert scene.scheduler.copies(0.0) == []
-    assert not scene.scheduler.waited_for
-    scene.finish(MEMBERS)
+    assert scene.homes() == {0: 0, 1: 1, 2: 0}
+    scene.scheduler.leave([1] if near else [1, 2])
+    scene.move()
+    (moved,) = scene.scheduler.moved()
+    assert (moved.source, moved.target) == (1, 2 if near else 0)
+    assert moved.tokens >= 9, "nothing is computed again"
+    scene.finish(scene.members)
 
 
 def test_who_leaves_is_said_by_the_next_view() -> None:

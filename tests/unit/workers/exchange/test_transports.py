@@ -323,16 +323,38 @@ def test_an_answer_counts_for_its_whole_tag_only(cluster: Make, field: str) -> N
 def test_bulk_data_reaches_the_peer_it_is_for(cluster: Make, transport: str) -> None:
     made = cluster(REPLICATED)
     source, other, target = made.ranks
-    if transport == "tcp":
-        for carry in (lambda: source.exchange.outbox(target.me, 3), lambda: target.exchange.inbox(source.me)):
-            with pytest.raises(RankError, match="which is on another host"):
-                carry()
-        return
+    there = threading.Event()
     source.exchange.outbox(target.me, 3)[:] = b"abc"
+    source.exchange.post(target.me, there.set)
+    assert there.wait(WAIT_S)
     assert target.exchange.inbox(source.me)[:3] == b"abc"
-    assert other.exchange.inbox(source.me)[:3] == bytes(3)
+    if transport == "tcp":
+        with pytest.raises(RankError, match=r"nothing has come from rank 0"):
+            other.exchange.inbox(source.me)
+    else:
+        assert other.exchange.inbox(source.me)[:3] == bytes(3)
     with pytest.raises(RankError, match=r"rank 0 has no link with rank 2 \(incarnation 9\)"):
         source.exchange.outbox(RankId(2, 9), 3)
+
+
+def test_of_large_data_no_byte_is_lost_and_only_the_last_post_counts(cluster: Make, transport: str) -> None:
+    if transport == "toy":
+        return
+    made = cluster(REPLICATED)
+    source, _, target = made.ranks
+    whole = np.random.default_rng(1).bytes(8 << 20)
+    said: list[int] = []
+    last = threading.Event()
+    for number in range(3):
+        room = source.exchange.outbox(target.me, len(whole) + 1)
+        assert len(room) == len(whole), "8 MB at most"
+        room[:] = whole
+        room[:8] = number.to_bytes(8, "little")
+        source.exchange.post(target.me, partial(lambda n: (said.append(n), n == 2 and last.set()), number))
+    assert last.wait(WAIT_S)
+    assert said in ([0, 1, 2], [2])
+    found = target.exchange.inbox(source.me)
+    assert (bytes(found[:8]), bytes(found[8:])) == ((2).to_bytes(8, "little"), whole[8:])
 
 
 def test_a_link_belongs_to_one_pair_of_incarnations(cluster: Make, transport: str) -> None:

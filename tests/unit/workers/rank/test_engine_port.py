@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import cast
 
 import msgspec
 import pytest
 
-from membership.base.errors import DeviceLost, Fenced
+from membership.base.errors import DeviceLost, Fenced, RankError
 from membership.base.rank_id import RankId
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.messages import (
@@ -71,6 +71,9 @@ class ReadingWorker(NotingWorker):
         self.order.append(f"read {order.copy}")
         return len(order.blocks)
 
+    def post_blocks(self, order: CopyBlocks, then: Callable[[], None]) -> None:
+        then()
+
     def execute_model(self, batch: StepBatch) -> StepResult:
         if batch.step == 1 and self.port is not None:
             self.port.look_ahead()
@@ -108,6 +111,38 @@ def test_a_dead_ranks_pool_is_read_beside_a_step_and_what_follows_waits_for_that
     assert worker.order == ["step 1", "read 1", "read 2", "read 3", "step 2"]
     assert [each.copy for each in said if isinstance(each, BlocksCopied)] == [1, 2, 3]
     assert [each.step for each in said if isinstance(each, StepResult)] == [1, -1, 2]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_what_is_written_out_is_answered_once_the_target_has_it(
+    monkeypatch: pytest.MonkeyPatch, worker: NotingWorker, port: EnginePort, steps: MessageQueue, *, linked: bool
+) -> None:
+    """Then the target finds it when it is ordered to take it in, over whichever way. Steps go on meanwhile."""
+    posted: list[Callable[[], None]] = []
+    said: list[RankMessage] = []
+
+    def post(order: CopyBlocks, then: Callable[[], None]) -> None:
+        if not linked:
+            raise RankError("there is no link")
+        posted.append(then)
+
+    monkeypatch.setattr(worker, "copy_blocks", lambda order: len(order.blocks), raising=False)
+    monkeypatch.setattr(worker, "post_blocks", post, raising=False)
+    monkeypatch.setattr(port, "_answer", said.append)
+    steps.enqueue(CopyBlocks(20, 1, KEY, RankId(1, 1), [5]), WAIT_S)
+    steps.enqueue(StepBatch(20, 3, 1, 0, [], {0: [SeqChunk(1, 0, [2], [0])]}), WAIT_S)
+    while port.pending():
+        port.serve()
+    if linked:
+        assert [type(each) for each in said] == [StepResult]
+        thread = threading.Thread(target=posted[0])
+        thread.start()
+        thread.join(WAIT_S)
+        assert port.pending(), "so the rank's thread wakes"
+        port.serve()
+    (copied,) = [each for each in said if isinstance(each, BlocksCopied)]
+    assert (copied.blocks, copied.error) == (1, "" if linked else "there is no link")
+    assert not port.pending()
 
 
 def test_an_order_whose_read_cannot_begin_for_any_reason_is_done_in_turn(
