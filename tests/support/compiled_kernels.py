@@ -15,30 +15,35 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from workers.model.cuda.expert_products import HIGH, NARROW, WIDE, Tile
-from workers.model.cuda.kernels import grouped_product
+from workers.model.cuda.kernels import dense_product, grouped_product
 
-NUMBERS = ["inner", "width", "inner_stride", "width_stride", "least", "below", "shared_by"]
-POINTERS = {"rows": "*bf16", "order": "*i32", "matrices": "*i64", "ends": "*i32", "out": "*bf16"}
+NUMBERS = ["count", "inner", "width", "inner_stride", "width_stride", "least", "below", "shared_by"]
+POINTERS = {
+    "rows": "*bf16", "order": "*i32", "matrices": "*i64", "matrix": "*bf16", "ends": "*i32", "out": "*bf16",
+}  # fmt: skip
 ALIGNED = [*POINTERS, "inner", "width", "width_stride"]  # as torch's memory is, and the sizes of all models
 
 
-def compiled(tile: Tile, architecture: int, *, gated: bool) -> str:
-    """The PTX for bf16 matrices whose columns lie one behind the other, as those of experts do."""
-    kernel: Any = grouped_product
+def compiled(kernel: Any, tile: Tile, architecture: int, **more: Any) -> str:
+    """The PTX for bf16 matrices whose columns lie one behind the other, as those of all models do."""
     constants = dict(
-        inner_stride=1, EVEN=True, GATED=gated, KIND=tl.bfloat16,
-        ROWS=tile.rows, COLUMNS=tile.columns, PIECE=tile.piece_bytes // 2,
-    )  # fmt: skip
+        inner_stride=1, EVEN=True, ROWS=tile.rows, COLUMNS=tile.columns, PIECE=tile.piece_bytes // 2, **more
+    )
     names = kernel.arg_names
     kinds = POINTERS | dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(constants, "constexpr")
     source = ASTSource(
         fn=kernel,
         signature={name: kinds[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED if name in names},
     )
     options = dict(num_warps=tile.warps, num_stages=tile.stages)
     return str(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["ptx"])
+
+
+def reads(ptx: str) -> list[int]:
+    """How often it reads two bytes at a time, and how often ahead into shared memory."""
+    return [ptx.count("ld.global.b16"), ptx.count("cp.async.cg.shared.global")]
 
 
 def main() -> None:
@@ -48,8 +53,8 @@ def main() -> None:
         ("narrow, 8.0", NARROW, 80, True), ("narrow, 9.0", NARROW, 90, False), ("wide, 9.0", WIDE, 90, True),
         ("high, 9.0", HIGH, 90, True),
     ):  # fmt: skip
-        ptx = compiled(tile, architecture, gated=gated)
-        found[name] = [ptx.count("ld.global.b16"), ptx.count("cp.async.cg.shared.global")]
+        found[name] = reads(compiled(grouped_product, tile, architecture, GATED=gated, KIND=tl.bfloat16))
+    found["dense, 9.0"] = reads(compiled(dense_product, HIGH, 90))
     json.dump(found, sys.stdout)
 
 

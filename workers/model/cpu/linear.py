@@ -5,6 +5,7 @@ Each matrix is measured once (`row_tiles.py`); its module is then called with ag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,6 +20,9 @@ from workers.model.packing import is_packed, linear, repacked
 from workers.model.row_tiles import CANDIDATES, REFERENCE, SAMPLE, RowTiles, calibrate, calibrate_product, cut
 
 VECTOR = 64  # no narrower than two vectors of any type: what elementwise kernels handle at once
+Forward = Callable[[Tensor], object]
+AtOnce = Callable[[nn.Module, str, Calibrations], Forward | None]
+"""A module by its name -> what computes any number of rows in one call, with the bits of 16; None: nothing does."""
 
 
 def _row_outputs(output: object) -> Tensor:
@@ -35,7 +39,7 @@ def _spaced(out: Tensor) -> Tensor:
     return wide[..., :width].copy_(out)
 
 
-def _tile(module: nn.Module, tiles: RowTiles, threads: ComputeThreads) -> None:
+def _tile(module: nn.Module, tiles: RowTiles, threads: ComputeThreads, at_once: Forward | None) -> None:
     """Make `module` compute in tiles. Steps are padded to common sizes, so mostly this only looks at the shape."""
     forward = module.forward
     known = frozenset(tiles.sizes)
@@ -46,6 +50,8 @@ def _tile(module: nn.Module, tiles: RowTiles, threads: ComputeThreads) -> None:
         rows = hidden.shape[-2]
         if rows in known and not narrow:
             return forward(hidden)
+        if at_once is not None and rows > tiles.sizes[-1]:
+            return at_once(hidden)
         flat = hidden.reshape(rows, hidden.shape[-1])
         padded = tiles.padded(rows)
         if padded != rows:
@@ -92,10 +98,17 @@ def _fits_vectors(model: nn.Module, size: int) -> bool:
     return all(size * gate.out_features % VECTOR == 0 for gate in gates if isinstance(gate, nn.Linear))
 
 
-def make_invariant(model: nn.Module, calibrations: Calibrations, threads: ComputeThreads) -> RowTiles:
+def nothing_at_once(module: nn.Module, name: str, calibrations: Calibrations) -> None:
+    """For devices whose library rounds by the number of rows."""
+
+
+def make_invariant(
+    model: nn.Module, calibrations: Calibrations, threads: ComputeThreads, at_once: AtOnce = nothing_at_once
+) -> RowTiles:
     """Calibrate and tile every module of `model` that owns a matrix; returns the row counts for whole steps.
 
-    Small steps must suit every module; large ones only what is not cut into tiles: norms and activations.
+    Small steps must suit every module; large ones only what is not cut into tiles: norms and activations. More rows
+    than the largest tile has go to what `at_once` gives for the module, if it does.
     """
     done: dict[tuple[object, ...], RowTiles] = {}
     step_sizes = {size for size in CANDIDATES if _fits_vectors(model, size)}
@@ -116,7 +129,7 @@ def make_invariant(model: nn.Module, calibrations: Calibrations, threads: Comput
             done[key] = RowTiles(calibrations.of(" ".join(str(part) for part in key), measure))
         agreed = set(done[key].sizes)
         if weight.dim() == 2:
-            _tile(module, done[key], threads)
+            _tile(module, done[key], threads, at_once(module, name, calibrations))
             narrow = weight.shape[0] < VECTOR  # cheap enough to be padded alone
             agreed |= {size for size in CANDIDATES if size > REFERENCE or narrow}
         step_sizes &= agreed

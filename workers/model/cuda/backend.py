@@ -24,6 +24,7 @@ from workers.model.cpu.linear import make_invariant
 from workers.model.cuda import kernels
 from workers.model.cuda.attention import CudaAttention, tokens_at_once
 from workers.model.cuda.attention_check import agree
+from workers.model.cuda.dense import at_once
 from workers.model.cuda.expert_products import CudaExpertProducts, ExpertKernels
 from workers.model.cuda.graphs import StepGraphs
 from workers.model.cuda.kv_cache import CudaKVCache
@@ -143,7 +144,7 @@ class CudaBackend:
 
     def make_invariant(self, model: nn.Module, calibrations: Calibrations) -> RowTiles:
         """See `Backend`."""
-        return make_invariant(model, calibrations, ComputeThreads())
+        return make_invariant(model, calibrations, ComputeThreads(), at_once)
 
     def attention(self, spec: AttentionSpec, exactness: Exactness, calibrations: Calibrations) -> CudaAttention:
         """See `Backend`. One way for both: its tiles are fixed, or have the same bits."""

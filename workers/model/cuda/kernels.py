@@ -286,6 +286,34 @@ def grouped_product(
         tl.store(out + row[:, None] * width + column[None, :], kept, mask=real & inside)
 
 
+@triton.jit(do_not_specialize=["count"])
+def dense_product(
+    rows,
+    matrix,
+    out,
+    count,
+    inner,
+    width,
+    inner_stride,
+    width_stride,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """ROWS rows and COLUMNS columns of rows [count, inner] times one matrix [inner, width] with these strides, which
+    gives out [count, width]. EVEN: all tiles of the matrix are full, so that it is read without masks.
+    """
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    real, there = row[:, None] < count, column[None, :] < width
+    total = _tile_product(
+        rows + row[:, None] * inner, real, matrix + column[None, :] * width_stride, there, inner, inner_stride,
+        EVEN, ROWS, COLUMNS, PIECE,
+    )  # fmt: skip
+    tl.store(out + row[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=real & there)
+
+
 NO_EXPERT = tl.constexpr(1 << 30)
 
 

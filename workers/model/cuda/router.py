@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -18,6 +19,8 @@ TOLERANCE = 1e-5  # of fp32
 MOSTLY = 0.95  # of the weights in a narrower type: some lie between two of its numbers, and are rounded the other way
 
 Routed = tuple[Tensor, Tensor, Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
+"""rows [T, K], weight [N, K] -> [T, N]"""
 
 
 def fuse_routers(model: nn.Module) -> None:
@@ -88,10 +91,18 @@ def _agrees(module: nn.Module, k: int, normed: bool, dtype: torch.dtype, kind: t
     return torch.equal(found[2], expected[2]) and bool(near.all()) and torch.equal(found[0], expected[0])
 
 
-def _routed(module: nn.Module, k: int, normed: bool, kind: torch.dtype, hidden: Tensor) -> Routed:
+def with_product(module: nn.Module, product: Product) -> Callable[[Tensor], Routed] | None:
+    """A fused router whose logits are another product's; None if this is none."""
+    forward = module.forward
+    return partial(forward, product=product) if isinstance(forward, partial) and forward.func is _routed else None
+
+
+def _routed(
+    module: nn.Module, k: int, normed: bool, kind: torch.dtype, hidden: Tensor, product: Product = functional.linear
+) -> Routed:
     """hidden [..., H] -> logits [T, experts], weights [T, k] of that type, ids [T, k]."""
     weight = cast("Tensor", module.weight)  # no parameter while its products are measured
-    return _choice(functional.linear(hidden.reshape(-1, weight.shape[1]), weight), k, normed, kind)
+    return _choice(product(hidden.reshape(-1, weight.shape[1]), weight), k, normed, kind)
 
 
 def _choice(logits: Tensor, k: int, normed: bool, kind: torch.dtype) -> Routed:
