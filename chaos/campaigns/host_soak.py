@@ -6,8 +6,10 @@ does not count. Clients use the gateway of the last host, which keeps its power.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import product
@@ -19,15 +21,18 @@ from chaos.campaigns.host_faults import Injection
 from chaos.campaigns.host_phases import PhaseUnderWay
 from chaos.campaigns.recorded import Recorded
 from chaos.faults.base import Injected, NotInjected
+from chaos.record.record import AnyLine, Read
 from chaos.target.host_cluster import HostCluster, over_hosts
 from chaos.target.waiting import until
 from chaos.workload.history import percentile
 from chaos.workload.streams import Load, Workload
 from membership.base.errors import NoAnswer
+from membership.base.timing import LEASE_TTL_S
 
 FLAGS = ("--restart-intensity", "1000", "--restart-window", "1s", "--capacity", "2", "--ready-timeout", f"{START_S:g}s")
 LOAD = Load(streams=6, prompts=12, lengths=(4, 24, 8, 60, 12, 6))
 CONVERGED_S = 10.0  # promised after healing
+LAST_READS = 40  # of the store, by which it is judged
 WHOLE_S = 120.0  # what a run allows, on a machine that is busy
 
 
@@ -44,6 +49,22 @@ class HostSoakReceipt(LongReceipt, frozen=True, kw_only=True):
     converged_max_ms: float
     late: int  # bursts after which that took longer than is promised
     max_token_gap_ms: float
+    store_read_ms: float  # of the last reads of etcd, the one in the middle
+
+
+def last_read_s(lines: Iterable[AnyLine]) -> float:
+    """How long reads of the store took in the end: the median of the last ones, 0 if there were none."""
+    took = [line.ended - line.began for line in lines if isinstance(line, Read)]
+    return statistics.median(took[-LAST_READS:]) if took else 0.0
+
+
+def starved(read_s: float) -> list[str]:
+    """What a run that broke has to say of its store: one that is slower than leases takes every office away."""
+    if read_s < LEASE_TTL_S / 2:
+        return []
+    return [
+        f"etcd had no processor or disk: a read took {read_s:.1f} s in the end, and a lease lasts {LEASE_TTL_S:g} s"
+    ]
 
 
 @dataclass(kw_only=True)
@@ -160,6 +181,9 @@ class HostSoak(Recorded):
         if self.matrix and not self.limit_s:
             left = sorted(set(product(NETWORK, PHASES)) - self.cells)
             broken += [f"{kind} during {phase} was not seen to happen" for kind, phase in left]
+        read_s = last_read_s(self.recorder.lines() if self.recorder is not None else ())
+        if broken:
+            broken += starved(read_s)
         return HostSoakReceipt(
             **self.long_outcome(broken, max(0, self.epochs)),
             hosts=len(self.hosts),
@@ -172,4 +196,5 @@ class HostSoak(Recorded):
             converged_max_ms=round(max(self.converged_ms, default=0.0), 1),
             late=sum(each > CONVERGED_S * 1000 for each in self.converged_ms),
             max_token_gap_ms=self.max_token_gap_ms(),
+            store_read_ms=round(read_s * 1000, 1),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import string
 import tempfile
 from contextlib import ExitStack
@@ -110,13 +111,22 @@ def soak_over_hosts(over: HostOptions, options: RunOptions, ranks: int, output: 
     typer.echo(f"seed {run.seed}", err=True)
     notify = progress()
     with ExitStack() as opened:
-        folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="elastic-ep-chaos-")))
+        folder = Path(tempfile.mkdtemp(prefix="elastic-ep-chaos-"))
+        opened.callback(_clear, folder, run)
         cluster = opened.enter_context(own_hosts(names, folder, etcd_on_hosts=over.etcd_on_hosts))
         run.serve(cluster, checkpoint(options.model, folder))
         run.run(LocalTarget(cluster), notify)
     save_record(run, options.record)
     receipt = run.receipt()
     show_receipt(receipt, f"{receipt.faults} faults on {receipt.hosts} hosts", output)
+
+
+def _clear(folder: Path, run: HostSoak) -> None:
+    """Away with it, unless the run went wrong: hosts' logs say why, and the receipt names them."""
+    if run.history and not run.troubles:
+        shutil.rmtree(folder)
+    else:
+        typer.echo(f"kept: {folder}", err=True)
 
 
 @command

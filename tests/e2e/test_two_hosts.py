@@ -1,7 +1,7 @@
 """Two hosts, one cluster: what README says under "Two hosts", typed in two network namespaces.
 
-The answers are those of one host. The death of a rank on the other host, of the engine, of the other host, cut links
-and a cable that is pulled lose no request.
+The answers are those of one host, and a host's drain computes nothing again. The death of a rank on the other host,
+of the engine, of the other host, cut links and a cable that is pulled lose no request.
 """
 
 from __future__ import annotations
@@ -174,6 +174,20 @@ def the_cable_is_pulled(cluster: TwoHosts) -> None:
     eventually(lambda: len(ranks_of_b(cluster)) == 2, 120.0, "ranks on host b again")
 
 
+def the_host_is_drained(cluster: TwoHosts) -> None:
+    """Its requests go on at host a, to which their KV blocks are sent."""
+    ranks, before = ranks_of_b(cluster), len(cluster.events())
+    state = ("--state-dir", str(cluster.state.path))
+    cluster.type_on("a", "drain", "--node", "b", *state)
+    assert not ranks_of_b(cluster)
+    moved = [event for event in cluster.events()[before:] if event.kind == "request_moved"]
+    assert moved, "no request has taken its KV blocks along"
+    assert {event.fields["source"] for event in moved} <= ranks
+    assert not {event.rank for event in moved} & ranks
+    cluster.type_on("a", "undrain", *map(str, sorted(ranks)), *state)
+    eventually(lambda: len(ranks_of_b(cluster)) == 2, 120.0, "ranks on host b again")
+
+
 def the_host_dies(cluster: TwoHosts) -> None:
     """Its agent goes, and its ranks with it: no agent is left to record their exits, and nothing listens there."""
     ranks, before = ranks_of_b(cluster), len(masked_ranks(cluster))
@@ -254,6 +268,7 @@ def test_two_hosts_answer_as_one_and_the_deaths_of_either_lose_nothing(two_hosts
     eventually(lambda: links_are_known(two_hosts), 60.0, "links between the hosts in the status")
     with under_load(two_hosts, busy=4) as workload:
         for fault in (
+            the_host_is_drained,
             links_are_cut,
             a_rank_dies,
             the_engine_dies,

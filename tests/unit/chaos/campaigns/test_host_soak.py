@@ -23,9 +23,10 @@ from chaos.campaigns.host_bursts import (
     matrix,
 )
 from chaos.campaigns.host_faults import rules
-from chaos.campaigns.host_soak import HostSoak
+from chaos.campaigns.host_soak import HostSoak, last_read_s, starved
 from chaos.faults.base import Injected
 from chaos.faults.nftables import Rule
+from chaos.record.record import AnyLine, Read
 from chaos.workload.history import RequestRecord
 
 pytestmark = pytest.mark.unit
@@ -106,6 +107,17 @@ def test_a_good_run() -> None:
     receipt = finished().receipt()
     assert receipt.ok, receipt.broken
     assert (receipt.hosts, receipt.faults, receipt.kinds, receipt.late) == (3, 1, {"cut": 1}, 1)
+
+
+def test_a_run_that_broke_says_whether_its_store_had_a_processor() -> None:
+    def reads(took_s: float, number: int) -> list[AnyLine]:
+        return [Read(client="a", began=float(at), ended=at + took_s, revision=1) for at in range(number)]
+
+    assert last_read_s([]) == 0.0
+    assert starved(last_read_s(reads(0.1, 60))) == []
+    assert starved(last_read_s(reads(0.1, 60) + reads(3.0, 15))) == [], "a stop of etcd is a fault like others"
+    (said,) = starved(last_read_s(reads(0.1, 600) + reads(2.5, 30)))
+    assert said == "etcd had no processor or disk: a read took 2.5 s in the end, and a lease lasts 3 s"
 
 
 def test_what_breaks_it() -> None:
