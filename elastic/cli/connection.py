@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import msgspec
 
 from elastic.serve.options import StateDirOptions, StoreOptions, option
-from elastic.serve.state_dir import ClusterAddress, StateDir
+from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from membership.base.errors import ConfigError
 from membership.store.endpoints import require_listener
 
@@ -52,6 +52,39 @@ class AdminConnection(StateDirOptions):
 @dataclass(frozen=True, kw_only=True)
 class Connection(AdminConnection, StoreOptions):
     """How to reach a cluster: through its store, or through a gateway's admin port."""
+
+    def state(self) -> StateDir:
+        """The state directory that was named; else that of the cluster that was named, if it is served from here; else
+        that of the cluster served last. ConfigError: another cluster than the named one is served from there.
+        """
+        if not self.cluster:
+            return super().state()
+        if self.state_dir:
+            named = super().state()
+            self._require_named(named.address().cluster, f"from {named.path}")
+            return named
+        for find in (lambda: StateDir(home() / self.cluster), StateDir.last_served):
+            with suppress(ConfigError):
+                if (found := find()).address().cluster == self.cluster:
+                    return found
+        raise ConfigError(
+            f"no cluster named {self.cluster!r} is being served from this machine",
+            hint="name its --state-dir, or how it is reached: --admin URL, or --etcd URLS",
+        )
+
+    @contextmanager
+    def admin_client(self) -> Iterator[AdminClient]:
+        """A client of the admin port. ConfigError if no cluster was named or served, or another one answers there."""
+        with super().admin_client() as client:
+            if self.cluster:
+                self._require_named(client.status()["cluster"], "there")
+            yield client
+
+    def _require_named(self, served: str, where: str) -> None:
+        if served != self.cluster:
+            raise ConfigError(
+                f"cluster {served!r} is served {where}, not {self.cluster!r}", hint="leave out --cluster, or correct it"
+            )
 
     def client(self) -> AbstractContextManager[Client]:
         """A client of the cluster: the admin port if it was named, else the store. Raises ConfigError."""

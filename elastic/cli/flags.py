@@ -43,6 +43,7 @@ def described(
     """What a command line of ours takes before its first command."""
 
 
+LARGEST = 2.0**63  # bytes; an option refuses it
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
 
@@ -59,7 +60,8 @@ def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?)B?|B?)(?:/s)?", text.strip())
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a size; write it like 500MB or 2GiB")
-    return round(float(match[1]) * (1024.0 if match[3] else 1000.0) ** " kMGT".index(match[2] or " "))
+    number = float(match[1]) * (1024.0 if match[3] else 1000.0) ** " kMGT".index(match[2] or " ")
+    return round(min(number, LARGEST))
 
 
 def write_json(value: Any) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from functools import cache, lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from elastic.gateway.schema import ChatRequest, CommonRequest
@@ -17,11 +19,14 @@ from membership.base.errors import RequestError
 from workers.model.grammar import mask_of, matcher_of
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_CHARS = 24 * 1024  # the library takes quadratic time: the largest schemas half a second
 KEPT = 32
 MAX_LOOKS = 200  # for the place of an error in a schema
+MAX_FORCED = 1000  # bytes of a text that a short form leaves no choice of: the library takes up to 0.5 ms for each
+TOO_LONG = "too_long"
+REPEATED = re.compile(r"\{\d|min(Length|Items|Properties)")  # how a short form describes a long text
 # Models indent; without a limit a bad one may write nothing but spaces.
 JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,24}", "lenient": False}
 ANY_OBJECT = {"type": "object"}
@@ -144,7 +149,8 @@ def grammar_of(form: Form) -> str:
     try:
         return _checked(kind, value)
     except RequestError as error:
-        where = f" at {place}" if kind is Kind.JSON and (place := _place(value, str(error))) else ""
+        looked_for = kind is Kind.JSON and error.code != TOO_LONG  # which takes a second each time
+        where = f" at {place}" if looked_for and (place := _place(value, str(error))) else ""
         reason = str(error).removeprefix("the grammar cannot be followed: ")
         raise RequestError(f"{param} cannot be followed{where}: {reason}", param=param, code="invalid_value") from None
 
@@ -175,8 +181,23 @@ def _checked(kind: Kind, value: Any) -> str:
     matcher = matcher_of(_byte_tokenizer(), grammar)
     if ignored := matcher.get_grammar_warnings():
         raise RequestError("; ".join(ignored)[:300])
+    if REPEATED.search(json.dumps(value)) and _forced(matcher.deep_copy()) > MAX_FORCED:
+        message = f"the text begins with more than {MAX_FORCED} characters that are the only ones possible"
+        raise RequestError(message, code=TOO_LONG)
     mask_of(matcher)
     return str(grammar)
+
+
+def _forced(matcher: LLMatcher) -> int:
+    """With how many bytes each text begins; not counted beyond the limit. What the library would otherwise follow to
+    its end before the first token: 20 s for `a{1000000}`, here and in a step of a rank, which all requests share.
+    """
+    for count in range(MAX_FORCED + 1):
+        possible = list(islice((byte for byte in range(256) if matcher.validate_tokens([byte])), 2))
+        if len(possible) != 1 or matcher.is_accepting():
+            return count
+        matcher.try_consume_tokens(possible)
+    return MAX_FORCED + 1
 
 
 def _literal(text: str) -> str:

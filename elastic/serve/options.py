@@ -31,6 +31,7 @@ DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(ClusterCo
 DEFAULT_RANKS = 4
 MAX_PORT = 65_535
 LONGEST_S = 315_360_000.0  # ten years, which is as good as for ever
+MOST = 2**53  # of a number without a limit of its own: beyond, not all readers of JSON take it for the same
 T = TypeVar("T")
 
 
@@ -96,12 +97,16 @@ class Stated(msgspec.Struct, frozen=True):
             return self.type(value)
         if self.kind is Kind.DURATION:
             low, high = low or 0.0, high or LONGEST_S
+        elif self.kind is Kind.SIZE:
+            low = low or 0
         if value is None or low is None:
             return value
         if high is not None and not low <= value <= high:
             raise ConfigError(f"{flag} {value}: it must be from {low:g} to {high:.0f}")
         if not value >= low:
             raise ConfigError(f"{flag} {value}: it must be at least {low:g}")
+        if value > MOST:
+            raise ConfigError(f"{flag} {value}: it must be at most {MOST}")
         return value
 
 

@@ -272,7 +272,7 @@ class Supervisor:
         The time begins anew whenever a rank has loaded more: a model may take as long as its disk takes.
         """
         deadline = time.monotonic() + self.options.ready_timeout_s
-        seen = Readiness(missing="the gateway to answer")
+        seen = Readiness(missing="the gateway does not answer")
         troubles: dict[str, None] = {}  # an ordered set
         while not stop.is_set():
             self.tick()
@@ -285,7 +285,7 @@ class Supervisor:
             if seen.ready:
                 return
             if seen.missing != before.missing:
-                on_progress(f"waiting for {seen.missing}")
+                on_progress(f"not ready yet: {seen.missing}")
             if seen.advanced(before):
                 deadline = time.monotonic() + self.options.ready_timeout_s
             if time.monotonic() > deadline:
@@ -293,7 +293,7 @@ class Supervisor:
                     [*list(troubles)[-1:], *(f"{r.name}: {r.last_words()}" for r in self._roles if r.early_deaths)]
                 )
                 raise WaitTimeout(
-                    f"not ready within {self.options.ready_timeout_s:.0f} s, waiting for {seen.missing}. {words}",
+                    f"not ready within {self.options.ready_timeout_s:.0f} s: {seen.missing}. {words}",
                     hint=f"see {self.state.log('*')}",
                 )
 
@@ -445,7 +445,7 @@ class Supervisor:
             return Readiness(missing="; ".join(str(r) for r in found.get("reasons") or [answer.text]), loads=loads)
         except (httpx.HTTPError, OSError, ValueError, AttributeError, ConfigError):
             # OSError: no descriptor to be had. The last two: it is not our gateway that answers there.
-            return Readiness(missing="the gateway to answer")
+            return Readiness(missing="the gateway does not answer")
 
 
 def require_node(wanted: str, node: str) -> None:

@@ -11,6 +11,7 @@ and balance come back later (`membership/planning/rebalance.py`).
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ class Coverage(NamedTuple):
 
 def max_ranks_allowed(experts: int, redundancy: float) -> int:
     """Return the largest number of ranks that can each hold an expert of each layer."""
-    return int(experts * redundancy + _ROUNDING)
+    return int(min(experts * redundancy, sys.maxsize) + _ROUNDING)
 
 
 def refusal(experts: int, redundancy: float, ranks: int) -> str:

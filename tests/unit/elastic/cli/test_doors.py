@@ -35,6 +35,7 @@ NO_TOKENS = ("t\u00f6k\u00e9n", "two words", "tab\t", "\udcff", "\u2603", "x\n")
 COMMANDS = (["status"], ["events"], ["explain"], ["scale", "2"], ["drain", "0"], ["undrain", "0"], ["pause"],
             ["resume"], ["rebalance"], ["rollout"], ["unquarantine", "0"], ["ops", "ls"], ["ops", "show", "x"],
             ["ops", "cancel", "x"], ["keys", "ls"], ["keys", "rotate"])  # fmt: skip
+NUMBERS = [s for s in options_of(ServeOptions) if s.type in (int, int | None) or s.option.minimum is not None]
 DURATIONS = [
     each
     for kind in (ServeOptions, AgentOptions, GatewayOptions, TimedChange, DrainChange)
@@ -90,6 +91,13 @@ def test_a_token_that_no_header_carries_is_refused_at_the_start(token: str) -> N
 def test_no_duration_is_negative_or_endless(stated: Stated, value: float) -> None:
     with pytest.raises(ConfigError, match=stated.flags[0]):
         stated.checked(value)
+
+
+@pytest.mark.parametrize("stated", NUMBERS, ids=lambda each: each.flags[0])
+def test_no_number_is_beyond_what_a_record_takes(stated: Stated) -> None:
+    """They had passed, and ended `serve` by a traceback once etcd was up."""
+    with pytest.raises(ConfigError, match=stated.flags[0]):
+        stated.checked(10**24)
 
 
 @pytest.mark.parametrize(

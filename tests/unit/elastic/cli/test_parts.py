@@ -49,7 +49,15 @@ def test_what_is_not_a_duration(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("0", 0), ("512", 512), ("500MB", 500_000_000), ("2GiB", 2 << 30), ("1.5k", 1500), ("1Ti", 1 << 40)],
+    [
+        ("0", 0),
+        ("512", 512),
+        ("500MB", 500_000_000),
+        ("2GiB", 2 << 30),
+        ("1.5k", 1500),
+        ("1Ti", 1 << 40),
+        ("9" * 400, 1 << 63),
+    ],
 )
 def test_sizes(text: str, value: int) -> None:
     assert size(text) == value

@@ -117,6 +117,25 @@ def test_what_costs_too_much_is_refused() -> None:
         grammar(guided_json=schema)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_regex": "(a{1000}){1000}"},  # took 20 s, and as long in a step of a rank
+        {"guided_json": {"allOf": [{"type": "string", "minLength": 100_000, "pattern": "^a*$"}]}},
+        {"guided_grammar": 'start: "abc"{100000}'},
+    ],
+)
+def test_a_short_form_of_a_long_text_without_a_choice_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="begins with more than 1000 characters"):
+        grammar(**fields)
+
+
+def test_long_texts_with_a_choice_or_written_out_are_followed() -> None:
+    assert grammar(guided_regex="[a-z]{1,5000}")
+    assert grammar(guided_regex="a{900}")
+    assert grammar(guided_json={"const": "a" * 20_000})
+
+
 def test_models_that_cannot_follow_any() -> None:
     with pytest.raises(RequestError, match="no end token") as refusal:
         grammar(ends=(), guided_regex="a")

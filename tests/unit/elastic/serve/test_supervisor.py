@@ -147,7 +147,7 @@ def test_a_gateway_that_cannot_be_asked_for_want_of_a_descriptor_is_asked_again(
         raise OSError(errno.EMFILE, "Too many open files")  # of the certificates: httpx hands it on as it is
 
     monkeypatch.setattr("elastic.serve.supervisor.httpx.get", no_descriptor)
-    assert supervisor._readiness() == Readiness(missing="the gateway to answer")
+    assert supervisor._readiness() == Readiness(missing="the gateway does not answer")
 
 
 def test_a_look_at_the_gateway_reads_no_certificates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -138,6 +138,10 @@ def test_refusals_say_why(experts: int, redundancy: float, ranks: int, words: st
         plan(1, experts, range(ranks), redundancy)
 
 
+def test_a_redundancy_beyond_all_numbers_is_a_replica_on_each_rank() -> None:
+    assert plan(1, 2, range(2), 1e308) == {0: ((0, 1),), 1: ((0, 1),)}
+
+
 def test_as_many_ranks_as_slots() -> None:
     check(plan(2, 8, range(16), 2.0), 2, 8, 2.0)
     assert moves({}, {3: ((1,), (0,))}) == [Move(3, 0, 1), Move(3, 1, 0)]

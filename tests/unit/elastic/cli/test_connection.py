@@ -1,0 +1,58 @@
+"""Which cluster a command acts on: the one that was named, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from elastic.cli.client import AdminClient
+from elastic.cli.connection import Connection
+from elastic.serve.state_dir import ClusterAddress, StateDir
+from membership.base.errors import ConfigError
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Path]]:
+    """Three clusters of this machine: "one" where it is by default, "two" and "last" elsewhere, "last" served last."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    where = {"one": tmp_path / "home/elastic-ep/one", "two": tmp_path / "b", "last": tmp_path / "c"}
+    with ExitStack() as opened:
+        for cluster, path in where.items():
+            state = StateDir(path)
+            state.claim()
+            opened.callback(state.release)
+            state.publish(ClusterAddress(cluster=cluster, admin_url="http://127.0.0.1:1"))
+        yield where
+
+
+def test_a_named_cluster_is_found_or_none_is(served: dict[str, Path]) -> None:
+    """It was that served last, whatever the name: `elastic drain 0 --cluster one` drained another one's rank."""
+    assert Connection().state().path == served["last"]
+    assert Connection(cluster="one").state().path == served["one"]
+    assert Connection(cluster="last").state().path == served["last"]
+    for unknown in ("two", "three", "../one"):  # nothing says where "two" is
+        with pytest.raises(ConfigError, match=f"no cluster named '{unknown}' is being served") as refused:
+            Connection(cluster=unknown).client()
+        assert "--state-dir" in refused.value.hint
+
+
+def test_a_state_directory_of_another_cluster_is_refused(served: dict[str, Path]) -> None:
+    assert Connection(cluster="two", state_dir=served["two"]).state().path == served["two"]
+    with pytest.raises(ConfigError, match=f"cluster 'two' is served from {served['two']}, not 'one'"):
+        Connection(cluster="one", state_dir=served["two"]).client()
+
+
+def test_a_gateway_of_another_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdminClient, "status", lambda _: {"cluster": "two"})
+    with Connection(cluster="two", admin="http://127.0.0.1:1").client() as client:
+        assert isinstance(client, AdminClient)
+    with (
+        pytest.raises(ConfigError, match="cluster 'two' is served there, not 'one'"),
+        Connection(cluster="one", admin="http://127.0.0.1:1").client(),
+    ):
+        pass
