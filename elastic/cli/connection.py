@@ -63,9 +63,10 @@ class Connection(AdminConnection, StoreOptions):
             named = super().state()
             self._require_named(named.address().cluster, f"from {named.path}")
             return named
-        for find in (lambda: StateDir(home() / self.cluster), StateDir.last_served):
+        for path in (home() / self.cluster, None):
             with suppress(ConfigError):
-                if (found := find()).address().cluster == self.cluster:
+                found = StateDir(path) if path is not None else StateDir.last_served()
+                if found.address().cluster == self.cluster:
                     return found
         raise ConfigError(
             f"no cluster named {self.cluster!r} is being served from this machine",
