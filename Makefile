@@ -14,6 +14,8 @@ OPENAI_NODE := openai@6.49.0
 SIDE_BY_SIDE := --dist loadfile --no-loadscope-reorder --numprocesses
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
+# What is imported is compiled once, also where the environment forbids it: else by each of the tests' many processes.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test tests-of-the-service tests-of-parts tests-of-clients test-helm test-image installed check matrix mutation clients chaos bench docs format wheel release clean
@@ -28,7 +30,7 @@ $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)" --editable '.[embedded,chaos,dev]' 2> $(VENV)/pip.err || { cat $(VENV)/pip.err >&2; exit 1; }
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c '$(LARGEST), openai, hypothesis'  # a fifth of what was installed is ever imported: that is compiled here, and once
+	@$(BIN)/python -c '$(LARGEST), openai, hypothesis'  # a fifth of what was installed is ever imported: that is compiled here, and once
 	@touch $@
 
 $(CACHE)/helm:
@@ -118,7 +120,7 @@ $(ELSEWHERE): $(VENV)/.ready
 		&& { $(BIN)/python -m build --wheel --outdir "$$elsewhere" "$$elsewhere/source" > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }; } \
 		&& $(PYTHON) -m venv "$$elsewhere/empty" \
 		&& "$$elsewhere/empty/bin/python" -m pip install --quiet --no-compile "$(TORCH)" "$$(echo "$$elsewhere"/*.whl)[embedded]" \
-		&& PYTHONDONTWRITEBYTECODE= "$$elsewhere/empty/bin/python" -c '$(LARGEST)' \
+		&& "$$elsewhere/empty/bin/python" -c '$(LARGEST)' \
 		&& echo "$$elsewhere" > $@
 
 release: setup $(CACHE)/helm  ## wheel, sdist, chart and their checksums, in dist/
