@@ -112,4 +112,12 @@ MUTANTS: tuple[Mutant, ...] = (
         after="), None)",
         tests=(f"{SPARES}::test_a_spare_becomes_only_a_rank_of_its_gpu",),
     ),
+    Mutant(
+        name="spares-without-device-memory",
+        guards="G5: spares that lack device memory are made ever later: each takes it beside ranks that serve",
+        file="workers/agent/spares.py",
+        before="self.lost(key, str(error), full=isinstance(error, RankFull))",
+        after="self.lost(key, str(error))",
+        tests=(f"{SPARES}::test_a_spare_that_lacks_device_memory_is_made_ever_later_and_said_once",),
+    ),
 )

@@ -35,7 +35,8 @@ from workers.queue.silence import OtherHosts
 from workers.rank.device_health import DeviceHealth
 from workers.rank.engine_port import JOIN_TIMEOUT_S, EnginePort
 from workers.rank.load_turns import LoadTurns
-from workers.rank.worker import EPWorker, Preparation, experts_of
+from workers.rank.preparation import Preparation, experts_of
+from workers.rank.worker import EPWorker
 from workers.rank.worker_api import WorkerContext
 
 if TYPE_CHECKING:

@@ -111,6 +111,10 @@ class RankFailed(RankError):
     """The rank is alive and answered with an error; the message carries its traceback."""
 
 
+class RankFull(RankFailed):
+    """It lacks its device's memory for that: a new process would need as much."""
+
+
 class NoResources(RankError):
     """The machine had no process, memory or descriptor to be had. Nothing was started; the rank is not to blame."""
 

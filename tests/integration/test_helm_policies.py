@@ -79,7 +79,7 @@ NOT_BETWEEN_PODS = {  # etcd's, this machine's, or what only looks like a connec
     "membership/store/etcd_session.py", "workers/exchange/loop.py", "workers/exchange/shm/transport.py",
     "workers/ipc/handover.py", "workers/ipc/shared_page.py", "workers/protocol/pool_client.py",
     "workers/protocol/weight_client.py", "workers/protocol/window_client.py",
-    "workers/queue/endpoints.py", "workers/queue/reader.py", "workers/rank/worker.py",
+    "workers/queue/endpoints.py", "workers/queue/reader.py", "workers/rank/preparation.py",
 }  # fmt: skip
 
 

@@ -490,6 +490,6 @@ OTHERS = {  # files that start threads, and why they are not in the table
     "workers/rank/early_reads.py": "hands on what a read raised",
     "workers/rank/loading.py": "hands on what the load raised",
     "workers/rank/output.py": "hands on what an output raised",
-    "workers/rank/worker.py": "hands on what the preparation raised",
+    "workers/rank/preparation.py": "hands on what it raised",
     "workers/rank/worker_proc.py": "the death pipe: it only polls",
 }

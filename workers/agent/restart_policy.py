@@ -70,6 +70,16 @@ def backoff_s(policy: RestartPolicy, recent: int, chance: float) -> float:
     return delay * (1.0 + policy.jitter * chance)
 
 
+FULL_SPARE_S, FULL_SPARE_MAX_S = 60.0, 1800.0
+"""Until a spare is made after one that lacked device memory: doubled for each in a row, as each takes memory beside
+ranks that serve until it fails."""
+
+
+def full_spare_s(policy: RestartPolicy, full: int, chance: float) -> float:
+    """How long no spare is made after `full` of them in a row lacked device memory; `chance` is uniform in [0, 1)."""
+    return min(FULL_SPARE_MAX_S, FULL_SPARE_S * policy.factor ** min(full - 1, 32)) * (1.0 + policy.jitter * chance)
+
+
 def exit_record(
     policy: RestartPolicy,
     rank: RankId,

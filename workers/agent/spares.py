@@ -4,6 +4,9 @@ A spare saves a new rank the fork and the load of the model. Spares are made one
 (`WorkerProc.initialise`), and only while the cluster is settled: so none competes with a repair. All calls come from
 the agent's thread; callbacks post to it.
 
+One that lacks device memory is no accident: the next one would, too, and takes memory beside ranks that serve until it
+fails. So the next ones are made ever later, and at once when ranks have left; the history is told of the first alone.
+
 On GPUs a spare is on one of them, by its number, as ranks are by their slots. It becomes only a rank of that GPU: on
 another one two ranks would share its time and memory. So a host needs as many spares as GPUs to have one at any death.
 """
@@ -21,7 +24,7 @@ from itertools import count
 import structlog
 
 from membership.base.attempts import is_shortage
-from membership.base.errors import ElasticError
+from membership.base.errors import ElasticError, RankFull
 from membership.base.rank_id import ProcessId, RankId, SpareId
 from membership.base.timing import SPARE_ADOPT_TIMEOUT_S
 from membership.store.records import ClusterConfig, ClusterState
@@ -29,9 +32,11 @@ from workers.agent.decide import Heartbeat, hung, observe
 from workers.agent.executor import MultiprocExecutor
 from workers.agent.handles import WorkerProcHandle
 from workers.agent.load_watch import UNTIL_IT_STALLS, LoadWatch
-from workers.agent.restart_policy import RestartPolicy, backoff_s, recent_deaths
+from workers.agent.restart_policy import RestartPolicy, backoff_s, full_spare_s, recent_deaths
+from workers.protocol.device_note import NOTHING
 from workers.protocol.rpc import PendingCall
 
+TO_HAVE_SPARES = "no spare until one loads, and ever rarer attempts: give fewer --spares, or leave them memory"
 DOUBTS = 2  # observations without a heartbeat after which a spare is not taken any more
 
 log = structlog.get_logger(__name__)
@@ -98,11 +103,16 @@ class Spares:
         self._devices = 1  # that ranks take in turn, as far as a spare has said
         self._loads = LoadWatch(config)
         self._deaths: tuple[float, ...] = ()
+        self._full = 0  # that lacked device memory, in a row
+        self._members = self._beside = 0  # of the view: now, and when the last of those failed
         self._not_before = 0.0
         self._chance = random.Random()
 
     def tend(self, state: ClusterState, now: float) -> None:
         """Make a spare if one is missing and the cluster is settled."""
+        self._members = len(state.view.members) if state.view is not None else 0
+        if self._full and self._members < self._beside:  # there is more memory than there was
+            self._not_before, self._beside = now, self._members
         short = len(self._spares) < self._wanted and all(spare.ready for spare in self._spares.values())
         if not short or now < self._not_before or not settled(state):
             return
@@ -133,14 +143,26 @@ class Spares:
         self._executor.adopt(found, key, SPARE_ADOPT_TIMEOUT_S, partial(self._post, taken))
         return True
 
-    def lost(self, key: SpareId, reason: str) -> None:
-        """A spare has died or failed: end what is left of it. The next one waits as the restart policy says."""
+    def lost(self, key: SpareId, reason: str, *, full: bool = False) -> None:
+        """A spare has died or failed: end what is left of it. The next one waits as the restart policy says.
+
+        `full`: for want of device memory.
+        """
         known = self._spares.pop(key, None)
         now = time.time()
         recent = recent_deaths(self._policy, self._deaths, now)
         self._deaths = (*recent, now)
-        self._not_before = now + backoff_s(self._policy, len(recent) + 1, self._chance.random())
-        self._emit("spare_lost", number=key.number, pid=known.pid if known else 0, reason=reason)
+        self._full = self._full + 1 if full else 0
+        if full:
+            self._beside = self._members
+            wait_s = full_spare_s(self._policy, self._full, self._chance.random())
+            reason = f"{reason}; {TO_HAVE_SPARES}"
+            log.warning("spare_lacks_device_memory", number=key.number, again_in_s=round(wait_s), reason=reason)
+        else:
+            wait_s = backoff_s(self._policy, len(recent) + 1, self._chance.random())
+        self._not_before = now + wait_s
+        if self._full <= 1:
+            self._emit("spare_lost", number=key.number, pid=known.pid if known else 0, reason=reason)
         worker = self._executor.workers.get(key)
         if worker is None or not worker.dead:
             self._executor.retire([key], lambda key: None, kill=True)
@@ -151,12 +173,16 @@ class Spares:
         for key in list(self._spares):
             del self._spares[key]
             self._executor.retire([key], lambda key: None, kill=True)
+        self._full = 0
         self._publish_ready()
 
     def died(self, key: ProcessId, reason: str) -> None:
         """A spare died. If it was being promoted, the promotion's own callback reports it."""
         if isinstance(key, SpareId) and key in self._spares:
-            self.lost(key, reason)
+            worker = self._executor.workers.get(key)
+            said = worker.liveness.note if worker is not None else NOTHING
+            why = f"{said.last_words}; " if said.last_words else ""
+            self.lost(key, f"{why}{reason}", full=said.full)
 
     def check(self, now: float) -> None:
         """Drop spares whose heartbeat stopped, and those whose load did."""
@@ -191,8 +217,9 @@ class Spares:
         if spare is None:
             return  # its death came first
         if error is not None:
-            self.lost(key, str(error))
+            self.lost(key, str(error), full=isinstance(error, RankFull))
             return
+        self._full = 0
         identity = called.result(timeout=0)[key]
         spare.ready, spare.identity, self._devices = True, identity.parts, identity.devices
         spare.heartbeat = Heartbeat(-1, time.monotonic())

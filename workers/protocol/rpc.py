@@ -19,7 +19,16 @@ from typing import Any
 
 import msgspec
 
-from membership.base.errors import ElasticError, QueueError, RankDied, RankError, RankFailed, WaitTimeout
+from membership.base.errors import (
+    DeviceFull,
+    ElasticError,
+    QueueError,
+    RankDied,
+    RankError,
+    RankFailed,
+    RankFull,
+    WaitTimeout,
+)
 from membership.base.rank_id import ProcessId, RankId
 
 Outcome = dict[ProcessId, Any]
@@ -128,7 +137,8 @@ class PendingCall:
     def on_reply(self, reply: Reply) -> None:
         """Take one rank's answer."""
         if isinstance(reply.value, Failure) and reply.status is ResponseStatus.FAILURE:
-            error = RankFailed(f"{reply.key}: {self.method}: {reply.value.kind}: {reply.value.message}")
+            failed = RankFull if reply.value.kind == DeviceFull.__name__ else RankFailed
+            error = failed(f"{reply.key}: {self.method}: {reply.value.kind}: {reply.value.message}")
             for note in reply.value.notes:
                 error.add_note(note)
             return self.fail(error)

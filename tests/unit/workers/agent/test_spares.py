@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from membership.base.enums import OperationKind
+from membership.base.errors import RankFailed, RankFull
 from membership.base.rank_id import RankId, SpareId
 from membership.store.records import (
     Assignment,
@@ -23,8 +25,9 @@ from membership.store.records import (
     View,
 )
 from tests.support.cluster_states import TOKEN, healthy, without
-from workers.agent.restart_policy import RestartPolicy
+from workers.agent.restart_policy import FULL_SPARE_MAX_S, FULL_SPARE_S, RestartPolicy
 from workers.agent.spares import Spares, next_number, settled
+from workers.protocol.device_note import NOTHING, DeviceNote
 from workers.protocol.identity import Identity
 
 pytestmark = pytest.mark.unit
@@ -75,23 +78,34 @@ class Executor:
     def __init__(self, devices: int) -> None:
         self.devices, self.started, self.adopted = devices, list[int](), list[tuple[int, int]]()
         self.workers: dict[Any, Any] = {}
+        self.fail: Exception | None = None  # what the next loads end with
+        self.note = NOTHING  # of a spare's device
 
     def start(self, keys: list[SpareId], timeout_s: float, on_started: Callable[..., None]) -> None:
         self.started += [key.number for key in keys]
         for key in keys:
-            self.workers[key] = SimpleNamespace(child=SimpleNamespace(pid=key.number), dead="")
+            page = SimpleNamespace(note=self.note)
+            self.workers[key] = SimpleNamespace(child=SimpleNamespace(pid=key.number), dead="", liveness=page)
             on_started(key, self.workers[key])
 
     def submit(self, method: str, *, keys: list[SpareId], timeout_s: float) -> SimpleNamespace:
         future = Future[dict[SpareId, Identity]]()
-        future.set_result({key: Identity(devices=self.devices) for key in keys})
+        if self.fail is not None:
+            future.set_exception(self.fail)
+        else:
+            future.set_result({key: Identity(devices=self.devices) for key in keys})
         return SimpleNamespace(future=future)
 
     def adopt(self, spare: SpareId, key: RankId, timeout_s: float, on_adopted: Callable[..., None]) -> None:
         self.adopted.append((spare.number, key.rank))
 
+    def retire(self, keys: list[SpareId], on_ended: Callable[..., None], *, kill: bool) -> None:
+        """They end at once."""
 
-def with_spares(wanted: int, devices: int) -> tuple[Spares, Executor]:
+
+def with_spares(
+    wanted: int, devices: int, emit: Callable[..., object] = lambda *_, **__: None
+) -> tuple[Spares, Executor]:
     """As many as are wanted, each made in a look of its own."""
     executor, loads = Executor(devices), SimpleNamespace(begin=lambda *_: None, end=lambda *_: None)
 
@@ -99,7 +113,7 @@ def with_spares(wanted: int, devices: int) -> tuple[Spares, Executor]:
         work(*args)
 
     config, policy = cast("ClusterConfig", healthy().config), RestartPolicy()
-    spares = Spares(wanted, cast("Any", executor), config, policy, post, lambda _: None, lambda *_, **__: None)
+    spares = Spares(wanted, cast("Any", executor), config, policy, post, lambda _: None, emit)
     spares._loads = cast("Any", loads)
     for _ in range(wanted):
         spares.tend(healthy(), 1.0)
@@ -137,3 +151,95 @@ def test_numbers_rise_and_go_to_the_gpu_with_the_fewest(
     last: int, present: list[int], devices: int, expected: int
 ) -> None:
     assert next_number(last, present, devices) == expected
+
+
+FULL = "spare 1: initialise: DeviceFull: out of device memory: tried to allocate 2 GiB; lower --kv-cache-memory"
+
+
+class Clock:
+    """The time of day, and what has been reported by then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.said = 1_000_000.0, list[tuple[str, str]]()
+        monkeypatch.setattr("workers.agent.spares.time.time", lambda: self.now)
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        self.said.append((kind, fields.get("reason", "")))
+
+    def attempts_within(self, spares: Spares, executor: Executor, seconds: float) -> list[float]:
+        """When spares were made, as seconds from now; looked at once a second."""
+        began, made, found = self.now, len(executor.started), []
+        while self.now < began + seconds:
+            spares.tend(healthy(), self.now)
+            if len(executor.started) > made:
+                made, found = len(executor.started), [*found, self.now - began]
+            self.now += 1.0
+        return found
+
+
+@pytest.mark.parametrize("known_by", ["the error of its load", "its last words"])
+def test_a_spare_that_lacks_device_memory_is_made_ever_later_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, known_by: str
+) -> None:
+    """Each takes memory beside ranks that serve until it fails."""
+    clock = Clock(monkeypatch)
+    spares, executor = with_spares(0, devices=1, emit=clock.emit)
+    spares._wanted = 1
+    if known_by == "the error of its load":
+        executor.fail = RankFull(FULL)
+    else:  # the process ended before its answer came
+        executor.note = DeviceNote(last_words=FULL, full=True)
+        monkeypatch.setattr(spares, "_loaded", lambda key, _: spares.died(key, "detected by pidfd"))
+    tried = clock.attempts_within(spares, executor, 4 * FULL_SPARE_MAX_S)
+    waits = [b - a for a, b in itertools.pairwise(tried)]
+    assert FULL_SPARE_S <= waits[0] <= 1.5 * FULL_SPARE_S + 1.0
+    assert all(b > a for a, b in itertools.pairwise(waits)), waits
+    assert max(waits) <= 1.5 * FULL_SPARE_MAX_S + 1.0
+    assert len(tried) <= 10, "once per 30 s it was"
+    [(kind, reason)] = clock.said
+    assert kind == "spare_lost"
+    assert FULL in reason
+    assert "give fewer --spares" in reason
+
+
+def test_once_a_spare_loads_the_next_lack_of_memory_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    spares, executor = with_spares(0, devices=1, emit=clock.emit)
+    spares._wanted = 1
+    executor.fail = RankFull(FULL)
+    clock.attempts_within(spares, executor, 300.0)
+    executor.fail = None
+    clock.attempts_within(spares, executor, 600.0)
+    executor.fail = RankFull(FULL)
+    assert spares.take(RankId(3, 21), lambda *_: None)
+    clock.attempts_within(spares, executor, 300.0)
+    assert [kind for kind, _ in clock.said] == ["spare_lost", "spare_ready", "spare_lost"]
+
+
+def test_a_spare_is_tried_at_once_where_ranks_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    spares, executor = with_spares(0, devices=1, emit=clock.emit)
+    spares._wanted = 1
+    executor.fail = RankFull(FULL)
+    assert clock.attempts_within(spares, executor, FULL_SPARE_S - 1) == [0.0]
+    executor.fail, fewer = None, without(healthy(), 2)
+    assert fewer.view is not None
+    view = replace(fewer.view, members=tuple(m for m in fewer.view.members if m.rank != 2))
+    specs = tuple(spec for spec in fewer.assignments["n"].ranks if spec.rank != 2)
+    left = replace(
+        fewer, view=view, desired=Desired(ranks=3, slots=(0, 1, 3)), exits={},
+        assignments={"n": Assignment(node="n", ranks=specs, agent_started=1.0)},
+    )  # fmt: skip
+    assert settled(left)
+    spares.tend(left, clock.now)
+    assert len(executor.started) == 2
+
+
+def test_other_failures_are_all_told_and_cost_no_more_than_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    spares, executor = with_spares(0, devices=1, emit=clock.emit)
+    spares._wanted = 1
+    executor.fail = RankFailed("spare 1: initialise: OSError: no such file")
+    tried = clock.attempts_within(spares, executor, 120.0)
+    assert len(tried) >= 4
+    assert len(clock.said) == len(tried)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from membership.base.errors import RankDied, RankFailed, WaitTimeout
+from membership.base.errors import DeviceFull, RankDied, RankFailed, RankFull, WaitTimeout
 from membership.base.rank_id import RankId
-from workers.protocol.rpc import CallTable, Failure, PendingCall, Reply, ResponseStatus
+from workers.protocol.rpc import CallTable, PendingCall, Reply, ResponseStatus, failure_of
 
 pytestmark = pytest.mark.unit
 
@@ -18,7 +18,7 @@ def ok(number: int, key: RankId, value: object) -> Reply:
 
 
 def bad(number: int, key: RankId) -> Reply:
-    return Reply(number, key, ResponseStatus.FAILURE, Failure("ValueError", "no", ("the traceback",)))
+    return Reply(number, key, ResponseStatus.FAILURE, failure_of(ValueError("no"), "the traceback"))
 
 
 def opened(table: CallTable, output_rank: int | None = None) -> tuple[int, PendingCall]:
@@ -55,6 +55,15 @@ def test_a_failure_of_any_rank_ends_the_call_at_once() -> None:
     with pytest.raises(RankFailed, match=r"rank 1 \(incarnation 2\): work: ValueError: no") as caught:
         call.future.result(timeout=0)
     assert caught.value.__notes__ == ["the traceback"]
+
+
+def test_who_called_is_told_that_device_memory_lacks() -> None:
+    table = CallTable()
+    number, call = opened(table)
+    failure = failure_of(DeviceFull("out of device memory: 2 GiB"), "the traceback")
+    table.on_reply(Reply(number, B, ResponseStatus.FAILURE, failure))
+    with pytest.raises(RankFull, match="DeviceFull: out of device memory: 2 GiB"):
+        call.future.result(timeout=0)
 
 
 def test_a_death_ends_only_calls_that_wait_for_that_rank() -> None:
