@@ -161,7 +161,7 @@ MUTANTS: tuple[Mutant, ...] = (
         guards="G3: what is drawn depends on seed and position, not on the row in the batch",
         file="workers/model/sampler.py",
         before="token = choose(shaped, sampling, position)",
-        after="token = choose(shaped, sampling, row)",
+        after="token = choose(shaped, sampling, at)",
         tests=(f"{SAMPLER}::test_a_seeded_stream_does_not_depend_on_its_company",),
     ),
     # --- the exchange

@@ -23,6 +23,8 @@ from workers.protocol.messages import NO_TOKEN, History, Sampling, Score, TokenL
 GREEDY_BELOW = 1e-5  # a temperature that leaves nothing to chance, and by which no logit can be divided safely
 
 NO_NUMBERS = "the model's logits for this request are no numbers: what it is made of overflows somewhere"
+TOGETHER = 1 << 15
+"""Logits of rows whose probabilities are computed together."""
 _TINY = np.finfo(np.float64).tiny  # less is no chance: what is barred
 _MASK = (1 << 64) - 1
 Row = npt.NDArray[np.float64]
@@ -51,9 +53,9 @@ def _mix(x: int) -> int:
 
 
 def log_softmax(logits: Row) -> Row:
-    """Natural-log probabilities of one row."""
-    shifted = logits - logits.max()
-    result: Row = shifted - np.log(np.exp(shifted).sum())
+    """Natural-log probabilities of each row of [..., V]; a row's are those that it has alone."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    result: Row = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
 
 
@@ -67,35 +69,45 @@ def choose(logits: Row, sampling: Sampling, position: int) -> int:
     if is_greedy(sampling):
         return int(logits.argmax())
     scaled = logits / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")  # ties by token id
+    # Values alone are sorted, which takes a tenth of sorting them with their tokens: equals are told apart at the end.
+    order = -scaled
     if 0 < sampling.top_k < order.size:
-        order = order[: sampling.top_k]
-    weights = np.exp(scaled[order] - scaled[order[0]])
+        order = np.partition(order, sampling.top_k - 1)[: sampling.top_k]
+    order.sort()
+    weights = np.exp(order[0] - order)
     weights = weights[weights >= max(sampling.min_p, _TINY)]  # they descend
     cumulative = np.cumsum(weights)
     if sampling.top_p < 1.0:
         kept = int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1], side="left")) + 1
         cumulative = cumulative[:kept]
     draw = uniform(sampling.seed, position) * cumulative[-1]
-    index = int(np.searchsorted(cumulative, draw, side="right"))
-    return int(order[min(index, cumulative.size - 1)])
+    index = min(int(np.searchsorted(cumulative, draw, side="right")), cumulative.size - 1)
+    equals = np.flatnonzero(scaled == -order[index])  # by token id
+    return int(equals[index - np.searchsorted(order, order[index], side="left")])
 
 
-def logprobs_of(logits: Row, token: int, wanted: int) -> TokenLogprobs:
-    """The chosen token's log probability and the `wanted` best ones, before temperature."""
+def logprobs_of(logits: Row, tokens: Sequence[int], wanted: Sequence[int]) -> Iterator[TokenLogprobs]:
+    """Before temperature, of each row of `logits` [S, V]: the log probability of its token, and of its `wanted` best.
+
+    Rows together, as calls of numpy cost more than what they compute where a vocabulary is small.
+    """
     logs = log_softmax(logits)
-    wanted, rank = min(wanted, logs.size), int(np.count_nonzero(logs >= logs[token]))
-    if wanted <= 0:
-        return TokenLogprobs(float(logs[token]), rank=rank)
-    best = np.argpartition(-logs, wanted - 1)[:wanted]
+    chosen = logs[np.arange(len(logs)), tokens]
+    ranks = np.count_nonzero(logs >= chosen[:, None], axis=1).tolist()
+    for row, mine, rank, count in zip(logs, chosen.tolist(), ranks, wanted, strict=True):
+        yield TokenLogprobs(mine, _best(row, min(count, row.size)) if count > 0 else [], rank)
+
+
+def _best(logs: Row, count: int) -> list[tuple[int, float]]:
+    best = np.argpartition(-logs, count - 1)[:count]
     best = best[np.lexsort((best, -logs[best]))]
-    return TokenLogprobs(float(logs[token]), [(int(t), float(logs[t])) for t in best], rank)
+    return [(int(token), float(logs[token])) for token in best]
 
 
 def scores_of(logits: Tensor, score: Score) -> Iterator[TokenLogprobs]:
     """The log probabilities of the targets, of which each row of `logits` [S, V] has one."""
-    for row, target in zip(logits.double().cpu().numpy(), score.targets, strict=True):
-        yield logprobs_of(row, target, score.top)
+    for part, rows in _on_host(logits, range(len(score.targets))):
+        yield from logprobs_of(rows, [score.targets[at] for at in part], [score.top] * len(part))
 
 
 def sample(
@@ -109,34 +121,48 @@ def sample(
 
     `histories`: the tokens before it, of the rows whose logits are shaped.
     """
-    greedy, sound = _likeliest(logits)
-    chosen: list[Drawn] = []
+    drawn = _likeliest(logits)
     histories = histories or [None] * len(settings)
-    looked_at = [row for row, sampling in enumerate(settings) if not _is_plain(sampling)]
-    seen = _on_host(logits, looked_at)
-    for row, (sampling, position, history) in enumerate(zip(settings, positions, histories, strict=True)):
-        values = None if _is_plain(sampling) else next(seen)
-        if not sound[row]:  # of this request alone, as below: the other rows' tokens count
-            chosen.append(Drawn(NO_TOKEN, error=NO_NUMBERS))
-            continue
-        if values is None:
-            chosen.append(Drawn(greedy[row]))
-            continue
-        try:
-            shaped = _shaped(values, sampling, history, grammars)
-        except RequestError as error:
-            chosen.append(Drawn(NO_TOKEN, error=str(error)))
-            continue
-        token = choose(shaped, sampling, position)
-        chosen.append(Drawn(token, logprobs_of(values, token, sampling.logprobs) if sampling.logprobs >= 0 else None))
-    return chosen
+    looked_at = [row for row, each in enumerate(settings) if not drawn[row].error and not _is_plain(each)]
+    for part, rows in _on_host(logits, looked_at):
+        asked = [(settings[row], positions[row], histories[row]) for row in part]
+        for row, each in zip(part, _drawn(rows, asked, grammars), strict=True):
+            drawn[row] = each
+    return drawn
 
 
-def _likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:
-    """Each row's likeliest token, and whether it is one: the largest of logits with no number among them is none."""
+def _likeliest(logits: Tensor) -> list[Drawn]:
+    """Each row's likeliest token, or an error of that row alone: the largest of logits with no number among them is
+    none."""
     tokens = logits.argmax(dim=-1, keepdim=True)
     found = torch.cat((tokens.double(), logits.gather(1, tokens).double()), 1).tolist()  # in one copy, see `_on_host`
-    return [int(token) for token, _ in found], [math.isfinite(best) for _, best in found]
+    return [Drawn(int(t)) if math.isfinite(best) else Drawn(NO_TOKEN, error=NO_NUMBERS) for t, best in found]
+
+
+def _drawn(
+    logits: Row, asked: Sequence[tuple[Sampling, int, History | None]], grammars: Grammars | None
+) -> list[Drawn]:
+    """A token per row [S, V], and its log probabilities where they are wanted."""
+    likeliest = logits.argmax(axis=1).tolist()
+    drawn: list[Drawn] = []
+    for at, (sampling, position, history) in enumerate(asked):
+        if sampling.shaping is None and is_greedy(sampling):
+            drawn.append(Drawn(likeliest[at]))
+            continue
+        try:
+            shaped = _shaped(logits[at], sampling, history, grammars)
+        except RequestError as error:  # of this request alone: the other rows' tokens count
+            drawn.append(Drawn(NO_TOKEN, error=str(error)))
+            continue
+        token = choose(shaped, sampling, position)
+        drawn.append(Drawn(token))
+    wanted = [at for at, (sampling, _, _) in enumerate(asked) if sampling.logprobs >= 0 and not drawn[at].error]
+    if wanted:
+        rows = logits if len(wanted) == len(logits) else logits[wanted]
+        tokens, counts = [drawn[at].token for at in wanted], [asked[at][0].logprobs for at in wanted]
+        for at, found in zip(wanted, logprobs_of(rows, tokens, counts), strict=True):
+            drawn[at] = Drawn(drawn[at].token, found)
+    return drawn
 
 
 def _is_plain(sampling: Sampling) -> bool:
@@ -144,11 +170,14 @@ def _is_plain(sampling: Sampling) -> bool:
     return is_greedy(sampling) and sampling.logprobs < 0 and sampling.shaping is None
 
 
-def _on_host(logits: Tensor, rows: Sequence[int]) -> Iterator[Row]:
-    """These rows, in one copy: on a device each copy is a wait."""
-    if rows:
-        picked = logits if len(rows) == len(logits) else logits[list(rows)]
-        yield from picked.double().cpu().numpy()
+def _on_host(logits: Tensor, rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Row]]:
+    """These rows, in one copy, as on a device each copy is a wait; then as many at a time as the caches hold."""
+    if not rows:
+        return
+    picked = logits if len(rows) == len(logits) else logits[list(rows)]
+    values, at_once = picked.double().cpu().numpy(), max(1, TOGETHER // logits.shape[1])
+    for first in range(0, len(rows), at_once):
+        yield rows[first : first + at_once], values[first : first + at_once]
 
 
 def _shaped(logits: Row, sampling: Sampling, history: History | None, grammars: Grammars | None) -> Row:

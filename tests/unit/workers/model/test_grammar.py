@@ -123,7 +123,7 @@ def test_the_sampler_chooses_among_what_is_allowed(temperature: float, beside: S
         history = History(np.array([5, *written], np.uint32).tobytes(), 1)
         at = len(written)
         [drawn] = sample(logits[at : at + 1], [asked], [at + 1], [history], ours)
-        assert drawn.logprobs == logprobs_of(logits[at].double().numpy(), drawn.token, 1)
+        assert [drawn.logprobs] == list(logprobs_of(logits[at : at + 1].double().numpy(), [drawn.token], [1]))
         assert [drawn] == sample(logits[at : at + 1], [asked], [at + 1], [history], grammars()), (
             "a rank that is new to it"
         )

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as settings_of
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from workers.model.sampler import NO_NUMBERS, choose, logprobs_of, sample, uniform
+from workers.model.sampler import GREEDY_BELOW, NO_NUMBERS, choose, logprobs_of, sample, uniform
 from workers.protocol.messages import NO_TOKEN, Sampling, Shaping
 
 pytestmark = pytest.mark.unit
@@ -95,12 +97,51 @@ def test_greedy_takes_the_first_of_equals() -> None:
 
 def test_logprobs() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05])) + 4.0
-    found = logprobs_of(logits, 2, 2)
+    found, other = logprobs_of(np.stack([logits, logits[::-1]]), [2, 0], [2, 2])
     assert found.logprob == pytest.approx(math.log(0.15))
     assert [t for t, _ in found.top] == [0, 1]
     assert [p for _, p in found.top] == pytest.approx([math.log(0.5), math.log(0.3)])
-    assert logprobs_of(logits, 0, 0).top == []
-    assert len(logprobs_of(logits, 0, 99).top) == 4
+    assert (found.rank, other.rank) == (3, 4)
+    assert [t for t, _ in other.top] == [3, 2]
+    [nothing, everything] = logprobs_of(np.stack([logits, logits]), [0, 0], [0, 99])
+    assert (nothing.top, len(everything.top)) == ([], 4)
+
+
+def written_out(logits: np.ndarray, sampling: Sampling, position: int) -> tuple[int, float, int]:
+    """Token, its log probability and its place, as the sampler's definition has them: a row alone, sorted whole."""
+    token = int(logits.argmax())
+    if sampling.temperature >= GREEDY_BELOW:
+        scaled = logits / sampling.temperature
+        order = np.argsort(-scaled, kind="stable")[: sampling.top_k or None]
+        weights = np.exp(scaled[order] - scaled[order[0]])
+        sums = np.cumsum(weights[weights >= max(sampling.min_p, np.finfo(np.float64).tiny)])
+        sums = sums[: int(np.searchsorted(sums, sampling.top_p * sums[-1])) + 1] if sampling.top_p < 1 else sums
+        index = int(np.searchsorted(sums, uniform(sampling.seed, position) * sums[-1], side="right"))
+        token = int(order[min(index, sums.size - 1)])
+    logs = logits - logits.max()
+    logs -= np.log(np.exp(logs).sum())
+    return token, float(logs[token]), int(np.count_nonzero(logs >= logs[token]))
+
+
+@given(
+    st.lists(st.tuples(settings, st.sampled_from([0.0, 0.2]), st.integers(0, 5000)), min_size=1, max_size=40),
+    st.sampled_from([7, 50, 1024, 20_000]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 2**31),
+)
+@settings_of(max_examples=25, deadline=None)
+def test_rows_that_are_computed_together_have_the_bits_of_the_definition(
+    rows: list[tuple[Sampling, float, int]], vocabulary: int, kind: torch.dtype, seed: int
+) -> None:
+    """Also with many equal logits, which bfloat16 has."""
+    rows = rows[:4] if vocabulary > 1024 else rows
+    logits = (3 * torch.randn(len(rows), vocabulary, generator=torch.Generator().manual_seed(seed))).to(kind)
+    asked = [replace(sampling, min_p=min_p, logprobs=0) for sampling, min_p, _ in rows]
+    found = sample(logits, asked, [position for _, _, position in rows])
+    for row, (sampling, drawn, (_, _, position)) in enumerate(zip(asked, found, rows, strict=True)):
+        assert drawn.logprobs is not None
+        seen = drawn.token, drawn.logprobs.logprob, drawn.logprobs.rank
+        assert seen == written_out(logits[row].double().numpy(), sampling, position)
 
 
 def test_a_seeded_stream_does_not_depend_on_its_company() -> None:
