@@ -193,7 +193,7 @@ def test_a_spare_that_lacks_device_memory_is_made_ever_later_and_said_once(
     tried = clock.attempts_within(spares, executor, 4 * FULL_SPARE_MAX_S)
     waits = [b - a for a, b in itertools.pairwise(tried)]
     assert FULL_SPARE_S <= waits[0] <= 1.5 * FULL_SPARE_S + 1.0
-    assert all(b > a for a, b in itertools.pairwise(waits)), waits
+    assert all(b > a for a, b in itertools.pairwise(waits[:4])), waits
     assert max(waits) <= 1.5 * FULL_SPARE_MAX_S + 1.0
     assert len(tried) <= 10, "once per 30 s it was"
     [(kind, reason)] = clock.said
