@@ -181,7 +181,7 @@ def of_tree(tree: Path, arguments: list[str]) -> dict[str, float]:
     """The same, by a process that imports another tree."""
     command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--one"]
     environ = os.environ | {"PYTHONPATH": str(tree)}
-    done = subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=tree, env=environ, capture_output=True, encoding="utf-8", check=True)
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
