@@ -5,7 +5,7 @@ A spare saves a new rank the fork and the load of the model. Spares are made one
 the agent's thread; callbacks post to it.
 
 One that lacks device memory is no accident: the next one would, too, and takes memory beside ranks that serve until it
-fails. So the next ones are made ever later, and at once when ranks have left; the history is told of the first alone.
+fails. So the next ones are made ever later, and at once when ranks have left; the history has the first alone.
 
 On GPUs a spare is on one of them, by its number, as ranks are by their slots. It becomes only a rank of that GPU: on
 another one two ranks would share its time and memory. So a host needs as many spares as GPUs to have one at any death.

@@ -69,7 +69,7 @@ def choose(logits: Row, sampling: Sampling, position: int) -> int:
     if is_greedy(sampling):
         return int(logits.argmax())
     scaled = logits / sampling.temperature
-    # Values alone are sorted, which takes a tenth of sorting them with their tokens: equals are told apart at the end.
+    # Values alone are sorted, which takes a tenth of sorting them with their tokens: equals are kept apart at the end.
     order = -scaled
     if 0 < sampling.top_k < order.size:
         order = np.partition(order, sampling.top_k - 1)[: sampling.top_k]
