@@ -162,11 +162,12 @@ class Engine:
             self._take_requests()
         if not self._scheduler.unanswered:
             self._end_step()
-            self._expire()
-            self._report()
 
     def _begin_step(self, batch: StepBatch) -> None:
-        """Start a step. While ranks compute it, send the last step's tokens and take new requests."""
+        """Start a step. While ranks compute it, send the last step's tokens, report, and take new requests.
+
+        Nothing that can wait is between two steps: GPUs wait for it there.
+        """
         self._outcome = "ok"
         failpoints.hit("engine.before.step")
         self._step_began = self._clock()
@@ -176,6 +177,8 @@ class Engine:
             self._scheduler.served_by(rank for rank, chunks in batch.ranks.items() if not chunks)
         self._fleet.broadcast(self._traces.begun(batch))
         self._flush()
+        self._expire()
+        self._report()
         self._take_requests()
 
     def _end_step(self) -> None:
@@ -359,8 +362,10 @@ class Engine:
         view = self._scheduler.view
         if view is None:
             return
-        node_of = {member.rank: member.node for member in view.members}
         changes = self._cut_links.answered(result.rank, result.unlinked, self._scheduler.masked)
+        if not changes.lost and not changes.back:
+            return
+        node_of = {member.rank: member.node for member in view.members}
         for kind, peers in (("link_lost", changes.lost), ("link_back", changes.back)):
             for peer in peers:
                 nodes = {"node": node_of.get(result.rank, ""), "peer_node": node_of.get(peer, "")}

@@ -67,6 +67,11 @@ class Migration:
             self.leaving = leaving
             self._staying.clear()
 
+    @property
+    def busy(self) -> bool:
+        """Whether any request is on its way."""
+        return bool(self._moves)
+
     def pauses(self, sequence: Sequence) -> bool:
         """Whether its last blocks are being copied: it must not run meanwhile."""
         return any(move.sequence is sequence and move.pausing for move in self._moves)

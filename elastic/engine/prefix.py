@@ -31,7 +31,7 @@ class Contents:
 
     def extend(self, names: list[bytes], tokens: Sequence[int]) -> list[bytes]:
         """Add what is missing to the names of these tokens' full blocks, in place; return them."""
-        if self._on:
+        if self._on and len(tokens) >= (len(names) + 1) * self._size:
             for start in range(len(names) * self._size, len(tokens) - self._size + 1, self._size):
                 before = names[-1] if names else self._root
                 inside = array("q", tokens[start : start + self._size]).tobytes()

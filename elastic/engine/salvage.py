@@ -86,6 +86,11 @@ class Salvage:
         else:
             sequence.left = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits for its blocks."""
+        return bool(self._reads)
+
     def pauses(self, sequence: Sequence) -> bool:
         """Whether it waits for its blocks."""
         return any(read.sequence is sequence for read in self._reads)

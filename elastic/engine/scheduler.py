@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import count
 
+from elastic.engine.home_choice import unwelcome
 from elastic.engine.kv_blocks import BlockPool, blocks_for
 from elastic.engine.migration import Migration, Moved
-from elastic.engine.prefix import Contents, crowding
+from elastic.engine.prefix import Contents
 from elastic.engine.reserve import Reserve
 from elastic.engine.salvage import Salvage
-from elastic.engine.sequence import Home, Sequence, is_complete, refusal
+from elastic.engine.sequence import Home, Runs, Sequence, is_complete, refusal, split_by_kind
 from elastic.engine.step_budget import StepBudget, Work, shares
 from elastic.engine.step_time import StepTime
 from elastic.engine.turns import OUTPUT_COST
@@ -56,26 +57,6 @@ def uncovered(view: View, masked: Iterable[int], config: ClusterConfig) -> int:
     )
 
 
-def _unwelcome(home: Home, sequence: Sequence, cached_tokens: int, on_host: int) -> tuple[int, ...]:
-    """Sorts the best home for one more request first. `on_host`: requests of all ranks of its host."""
-    running = len(home.running)
-    if home.fills_host:  # the more it has of them, the fewer experts are read twice
-        beside = -running if _to_the_end(home, sequence) else 1
-        return crowding(on_host, cached_tokens), beside, home.pool.used, home.rank
-    return crowding(running, cached_tokens), 0, home.pool.used, home.rank
-
-
-def _to_the_end(home: Home, sequence: Sequence) -> bool:
-    """Whether its blocks suffice for one more request until all have ended, however long they get: none is put off."""
-    size = home.pool.block_size
-    all_of_them = (len(each.request.prompt) + each.request.max_tokens for each in (*home.running, sequence))
-    return sum(blocks_for(tokens, size) for tokens in all_of_them) <= home.pool.size
-
-
-def _prefilling(sequence: Sequence) -> bool:
-    return sequence.remaining > 1
-
-
 def _new(sequence: Sequence) -> bool:
     """Whether no client has had a token of it: others are streams that were interrupted, and go first."""
     return not sequence.emitted
@@ -107,6 +88,7 @@ class Scheduler:
         self._under_way: tuple[Work, float] | None = None  # the step in flight, if its time will mean something
         self._begun: Work | None = None  # the last step, until it is known that it took too long
         self._step_time = StepTime()
+        self._block_size = config.block_size
         self._arrivals = 0
         self._contents = Contents(config, "")
         self._holding: dict[RankId, Known] = {}  # of ranks that are not used yet
@@ -389,12 +371,12 @@ class Scheduler:
         self._salvage.review(self._homes, now)
         self._admit(now)
         able = [home for home in self._homes.values() if home.running and home.retry_at <= now]
-        prompting = sum(any(map(_prefilling, home.running)) for home in able)
-        decodes = max((sum(each.remaining == 1 for each in home.running) for home in able), default=0)
+        split = [split_by_kind(home.running) for home in able]
+        prompting, decodes = sum(bool(each.prompts) for each in split), max((len(s.decoding) for s in split), default=0)
         prompt_tokens = self._budget.tokens(decodes, prompting, alone=len(self._sequences) == 1)
         ranks: dict[int, list[SeqChunk]] = {}
-        for home in able:
-            self._fill(home, prompt_tokens)
+        for home, each in zip(able, split, strict=True):
+            self._fill(home, each, prompt_tokens)
             if home.in_flight:
                 ranks[home.rank] = [chunk for _, chunk in home.in_flight]
         if not ranks:
@@ -453,7 +435,7 @@ class Scheduler:
         on_host = Counter[str]()
         for each in self._homes.values():
             on_host[each.node] += len(each.running)
-        home = min(fitting, key=lambda home: _unwelcome(home, sequence, there[home.rank], on_host[home.node]))
+        home = min(fitting, key=lambda home: unwelcome(home, sequence, there[home.rank], on_host[home.node]))
         cached = len(shared[home.rank]) * size
         self._waiting.place(sequence, cached, now)
         sequence.enter(home, home.pool.take(blocks, shared[home.rank]), cached, now)
@@ -463,17 +445,19 @@ class Scheduler:
         self.cached_tokens += cached
         return True
 
-    def _fill(self, home: Home, prompt_tokens: int) -> None:
+    def _fill(self, home: Home, runs: Runs, prompt_tokens: int) -> None:
         """Choose the rank's chunks: first all that decode, then `prompt_tokens` of prompts, in fair shares.
 
         A sequence whose chunk failed runs alone until it succeeds or is rejected: others must not fail with it.
         """
-        suspect = next((sequence for sequence in home.running if sequence.failures), None)
-        able = [suspect] if suspect else home.running
-        able = [each for each in able if not self._migration.pauses(each) and not self._salvage.pauses(each)]
-        for sequence in [each for each in able if not _prefilling(each)][: self.config.max_batched_tokens]:
+        if (suspect := next((sequence for sequence in home.running if sequence.failures), None)) is not None:
+            runs = split_by_kind([suspect])
+        if self._migration.busy or self._salvage.busy:
+            every = (*runs.decoding, *runs.prompts)
+            runs = split_by_kind(s for s in every if not self._migration.pauses(s) and not self._salvage.pauses(s))
+        for sequence in runs.decoding[: self.config.max_batched_tokens]:
             self._begin(home, sequence, 1)
-        prompts = sorted((each for each in able if _prefilling(each) and each.home is home), key=_new)
+        prompts = sorted((each for each in runs.prompts if each.home is home), key=_new)
         budget = min(prompt_tokens, self.config.max_batched_tokens - len(home.in_flight))
         given = shares([(_new(each), each.remaining) for each in prompts], budget)
         for sequence, tokens in zip(prompts, given, strict=True):
@@ -481,7 +465,9 @@ class Scheduler:
 
     def _begin(self, home: Home, sequence: Sequence, tokens: int) -> None:
         """Have so many tokens computed in the next step, if there is room for them."""
-        if tokens and sequence.home is home and self._make_room(home, sequence):
+        if not tokens or sequence.home is not home:
+            return
+        if len(sequence.tokens) <= len(sequence.blocks) * self._block_size or self._make_room(home, sequence):
             home.in_flight.append((sequence, sequence.next_chunk(tokens)))
 
     def _work(self) -> Work:
@@ -553,15 +539,14 @@ class Scheduler:
         """Add one token to the output; end tokens end it and are not part of it."""
         self._waiting.turns.charge(sequence.request.key, OUTPUT_COST)
         request, index, token = sequence.request, sequence.emitted, sampled.token
-        scores = sequence.scores if request.prompt_logprobs >= 0 and index == 0 else None
-        cached, queued_s = (0, 0.0) if index else (sequence.cached or 0, sequence.queued_s)
+        scores, cached, queued_s = (None, 0, 0.0) if index else sequence.first_words()
         is_eos = token in self.config.eos_token_ids and not request.ignore_eos
         if is_eos or token in request.stop_token_ids:
             self._forget(sequence)
             end = EndToken(token, sampled.logprobs)
             return Tokens(self.token, request.request_id, index, [], None, "stop", cached, scores, end, queued_s)
         sequence.tokens.append(token)
-        reason = "length" if sequence.emitted >= request.max_tokens else ""
+        reason = "length" if index + 1 >= request.max_tokens else ""
         if reason:
             self._forget(sequence)
         logprobs = [sampled.logprobs] if sampled.logprobs is not None else None

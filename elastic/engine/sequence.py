@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from array import array
 from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from elastic.engine.kv_blocks import BlockPool, blocks_for
 from elastic.protocol import Rejected, Submit
@@ -97,11 +99,17 @@ class Sequence:
 
     def next_chunk(self, budget: int) -> SeqChunk:
         """The next at most `budget` tokens; the last known token yields a sample."""
-        end = min(self.computed + budget, len(self.tokens))
-        sample = self.request.sampling if end == len(self.tokens) else None
+        start, known = self.computed, len(self.tokens)
+        end = min(start + budget, known)
+        sample = self.request.sampling if end == known else None
         history = self._history() if sample is not None and sample.shaping is not None else None
-        tokens, score = self.tokens[self.computed : end], self._score(end)
-        return SeqChunk(self.seq, self.computed, tokens, self.blocks.copy(), sample, history, score)
+        score = self._score(end) if self.request.prompt_logprobs >= 0 else None
+        return SeqChunk(self.seq, start, self.tokens[start:end], self.blocks.copy(), sample, history, score)
+
+    def first_words(self) -> tuple[list[TokenLogprobs] | None, int, float]:
+        """What goes with its first token: the prompt's scores, if asked for, and what its first home had and when."""
+        scores = self.scores if self.request.prompt_logprobs >= 0 else None
+        return scores, self.cached or 0, self.queued_s
 
     def _score(self, end: int) -> Score | None:
         if not self.unscored:
@@ -143,10 +151,11 @@ class Sequence:
 
     def keep(self, before: int) -> None:
         """Let others find the full blocks of what is computed; those of the first `before` tokens are known already."""
-        if self.home is not None:
-            pool = self.home.pool
-            for index in range(before // pool.block_size, min(self.computed // pool.block_size, len(self.names))):
-                pool.keep(self.blocks[index], self.names[index])
+        if self.home is None:
+            return
+        pool = self.home.pool
+        for index in range(before // pool.block_size, min(self.computed // pool.block_size, len(self.names))):
+            pool.keep(self.blocks[index], self.names[index])
 
     def leave(self) -> None:
         """Give the blocks back and forget the home: what was computed there is lost."""
@@ -162,11 +171,26 @@ def by_age(sequence: Sequence) -> int:
     return sequence.seq
 
 
+class Runs(NamedTuple):
+    """Sequences of one home, each kind in order of arrival."""
+
+    decoding: list[Sequence]
+    prompts: list[Sequence]  # with more than one token to compute
+
+
+def split_by_kind(sequences: Iterable[Sequence]) -> Runs:
+    """Which of them decode."""
+    runs = Runs([], [])
+    for each in sequences:  # GPUs wait for this: no call per sequence
+        (runs.prompts if len(each.tokens) - each.computed > 1 else runs.decoding).append(each)
+    return runs
+
+
 def is_complete(chunk: SeqChunk, answer: SampledToken | None) -> bool:
     """Whether the answer has what the chunk asked for."""
-    token, scores = (NO_TOKEN, 0) if answer is None else (answer.token, len(answer.scores))
-    sampled = chunk.sample is None or token != NO_TOKEN
-    return sampled and (chunk.score is None or scores == len(chunk.score.targets))
+    if chunk.sample is not None and (answer is None or answer.token == NO_TOKEN):
+        return False
+    return chunk.score is None or len(chunk.score.targets) == (0 if answer is None else len(answer.scores))
 
 
 def refusal(request: Submit, config: ClusterConfig, token: int) -> Rejected | None:

@@ -192,8 +192,10 @@ def _tiles(
 
 
 def _cells(chunk: SeqChunk, block_size: int) -> list[int]:
-    blocks = chunk.blocks
-    positions = range(chunk.start, chunk.start + len(chunk.tokens))
+    blocks, start = chunk.blocks, chunk.start
+    if len(chunk.tokens) == 1:  # of a decode step, for which a GPU waits
+        return [blocks[start // block_size] * block_size + start % block_size]
+    positions = range(start, start + len(chunk.tokens))
     return [blocks[p // block_size] * block_size + p % block_size for p in positions]
 
 

@@ -133,7 +133,7 @@ def test_steps_run_together_and_are_called_off_and_windows_wait_for_the_dead(mon
 
     monkeypatch.setattr(Kernels, "_end", ended)
     monkeypatch.setattr(Windows, "claimed", asked)
-    assert not any(run_episode(seed, gpus=True).violation for seed in (17, 26))
+    assert not any(run_episode(seed, gpus=True).violation for seed in (17, 48))
     assert ends["", True] > 20
     assert ends["called off", True] > 0
     assert sum(count for (_, alive), count in ends.items() if not alive) > 0

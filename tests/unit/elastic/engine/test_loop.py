@@ -154,7 +154,8 @@ def test_new_ranks_give_way_until_interrupted_requests_go_on_unless_these_wait_f
     assert seen[-1] == (1,)
     while seen[-1]:
         engine.turn()
-    assert ranks.log[-1] == ("step", [1, 2])
+    steps = [each for each in ranks.log if each[0] == "step"]
+    assert steps[-2:] == [("step", [1, 2])] * 2, "it is told beside the step after theirs"
     engine._lose(RankLost(RankId(0, 10), DetectedBy.ROBUST_FUTEX, 0.0, ended=True))
     assert seen[-1] == (), "no rank is left, so they wait for the replacement"
 
@@ -199,6 +200,16 @@ def test_a_second_death_sends_what_the_first_ones_recovery_waits_for_and_ends_it
     engine._handle([answer for answer in ranks.happened if answer.rank == home])
     engine._lose(RankLost(RankId(other, ranks.members[other]), DetectedBy.ROBUST_FUTEX, 0.0))
     assert seen[-1] == (other,)
+
+
+def test_between_two_steps_nothing_is_done_that_can_wait() -> None:
+    """GPUs wait for it there: tokens and status go out once the next step is under way."""
+    ranks: Any = Ranks()
+    ranks.update = lambda status: ranks.log.append(("status", status.step))
+    engine = in_a_step(ranks, ranks, max_batched_tokens=50)
+    engine.turn()
+    step, tokens = ("step", [1, 2]), [("token", "a"), ("token", "b")]
+    assert ranks.log == [step, ("status", 1), step, *tokens, ("status", 2)]
 
 
 class WaitedFor(Ranks):
