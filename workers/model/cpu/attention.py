@@ -8,6 +8,9 @@ matrix products do not depend on the number of rows: `attention_check.py` verifi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,8 +18,10 @@ from torch.nn import functional
 from membership.base.errors import ModelError
 from workers.model.attention_plan import Mask, StepPlan, Tiles
 from workers.model.cpu.compute_threads import ComputeThreads
-from workers.model.cpu.kv_cache import Context, CpuKVCache, storable
+from workers.model.cpu.kv_cache import Context, CpuKVCache, LayerCache, storable
 
+OfPart = Callable[[slice, int], Context]
+"""The first so many cells of some contexts, (tile, head)."""
 SLICE = 128  # cells per accumulated product with the values
 CACHED = 128 * 1024  # attention weights that are computed at once, so that they stay in a core's cache
 KEPT_AT_ONCE = 32 << 20  # contexts that one step begins to keep: its first pages are slow, and clients wait for it
@@ -52,14 +57,14 @@ class CpuAttention:
         queries = query[0].transpose(0, 1)  # [T, Hq, D]
         if plan.plain:
             context = self._mirrored(plan, layer, new_keys, new_values, layout.rows_per_block)
-            out = self._attend(plan.tiles[0], queries[:rows], context, heads, scaling, window)
+            out = self._attend(plan.tiles[0], queries[:rows], context.part, heads, scaling, window)
         else:
             cache.mirror = None
             out = queries.new_empty(rows, queries.shape[1], value.shape[-1], dtype=torch.float32)
             for tiles in plan.tiles:
                 picked = queries.index_select(0, tiles.tokens)
-                context = cache.gather(tiles.rows(heads, layout.rows_per_block), tiles.length)
-                found = self._attend(tiles, picked, context, heads, scaling, window)
+                of_part = partial(_picked, cache, tiles.rows(heads, layout.rows_per_block), tiles)
+                found = self._attend(tiles, picked, of_part, heads, scaling, window)
                 out.index_copy_(0, tiles.targets, found.index_select(0, tiles.real))
         if plan.padded != rows:
             out = functional.pad(out, (0, 0, 0, 0, 0, plan.padded - rows))
@@ -85,7 +90,7 @@ class CpuAttention:
         return cache.gather(rows, tiles.length)
 
     def _attend(
-        self, tiles: Tiles, queries: Tensor, context: Context, heads: int, scaling: float, window: int | None
+        self, tiles: Tiles, queries: Tensor, context: OfPart, heads: int, scaling: float, window: int | None
     ) -> Tensor:
         """Results [count * positions, Hq, Dv] of equal tiles for queries [count * positions, Hq, D]."""
         count, positions = tiles.count, tiles.positions
@@ -103,15 +108,24 @@ class CpuAttention:
             seen = slice(0, tiles.seen(first, end))
             always = min(tiles.firsts[first:end]) + 1 if window is None else 0  # that many cells all of them see
             some = mask.of(slice(first, end), slice(min(always, seen.stop), seen.stop))
-            return mix(_probs(picked[own], context.keys[own, seen], some, scaling, group), context.values[own, seen])
+            keys, values = context(own, seen.stop)
+            return mix(_probs(picked[own], keys, some, scaling, group), values)
 
         numbers = picked.shape[1] * tiles.length
-        work = numbers * (width + context.values.shape[-1])  # of each
+        work = 2 * numbers * width  # of each; values are about as wide as keys
         some = parts(count, heads, numbers, self._threads.sharing(count * heads * work))
         found = self._threads.map(attend, some, len(some[0]) * work)
         mixed = found[0] if len(found) == 1 else torch.cat(found)
         mixed = mixed[:, : positions * group].view(count, heads, positions, group, -1)
         return mixed.transpose(1, 2).reshape(count * positions, query_heads, -1)
+
+
+def _picked(cache: LayerCache, rows: Tensor, tiles: Tiles, own: slice, seen: int) -> Context:
+    """The first `seen` cells of some contexts of a prompt's tiles, whose (tile, head) are the `rows` of the cache: in
+    the thread that wants them, and in its core's cache then.
+    """
+    blocks = rows.view(-1, tiles.length // tiles.block_size)
+    return cache.pick(blocks[own, : seen // tiles.block_size].reshape(-1), seen)
 
 
 def parts(tiles: int, heads: int, numbers: int, threads: int = 1) -> list[range]:

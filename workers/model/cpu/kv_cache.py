@@ -37,6 +37,10 @@ class Context(NamedTuple):
             width = new.shape[-1]
             context.view(-1, width).index_copy_(0, cells, new.reshape(-1, width).float())
 
+    def part(self, own: slice, seen: int) -> Context:
+        """The first `seen` cells of some of them."""
+        return Context(self.keys[own, :seen], self.values[own, :seen])
+
     @property
     def nbytes(self) -> int:
         """Memory it takes, in bytes."""
@@ -107,9 +111,11 @@ class LayerCache:
         """Contexts [len(rows) * block_size / length, length, width] of the given rows, in fp32, until the next call for
         any layer.
         """
-        return self._gather(rows, length, self._cache.scratch) or self._context(
-            length, self.keys.index_select(0, rows), self.values.index_select(0, rows)
-        )
+        return self._gather(rows, length, self._cache.scratch) or self.pick(rows, length)
+
+    def pick(self, rows: Tensor, length: int) -> Context:
+        """The same, in memory of its own. In any thread."""
+        return self._context(length, self.keys.index_select(0, rows), self.values.index_select(0, rows))
 
     def keep(self, rows: Tensor, length: int) -> Context | None:
         """The same, kept as the mirror; None if that takes too much."""
