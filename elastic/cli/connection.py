@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+from urllib.parse import unquote
 
 import msgspec
 
 from elastic.serve.options import StateDirOptions, StoreOptions, option
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
-from membership.base.errors import ConfigError
-from membership.store.endpoints import require_listener
+from membership.base.errors import ConfigError, StoreUnavailable
+from membership.base.timing import STORE_LISTENS_S
+from membership.store.endpoints import PAUSE_S, parsed, require_listener
 
 if TYPE_CHECKING:  # they take long to import, and most processes of a cluster never need them
     from elastic.cli.client import AdminClient, Client
@@ -101,8 +106,29 @@ class Connection(AdminConnection, StoreOptions):
         address = state.address()
         if address.trouble:  # the store was wiped or set back; a gateway still knows the cluster as it is served
             return _admin_client(address, self.cacert)
+        require_embedded(address, state)
         known = msgspec.structs.replace(address, credentials=self.credentials(address.credentials))
         return _store_client(known, state.events)
+
+
+def require_embedded(address: ClusterAddress, state: StateDir, timeout_s: float = STORE_LISTENS_S) -> None:
+    """StoreUnavailable if nothing comes to listen at the socket of the cluster's own etcd, as after a power cut."""
+    deadline = time.monotonic() + timeout_s
+    for url in (url for url in parsed(address.etcd) if url.scheme == "unix"):
+        path = unquote(url.path)
+        while not _listens(path):
+            if time.monotonic() >= deadline:
+                raise StoreUnavailable(
+                    f"cluster {address.cluster!r} is not being served: nothing listens at {path}",
+                    hint=f"its server was killed, or is about to start again; if it does not: elastic serve"
+                    f" {address.model} --state-dir {state.path}; what happened is in {state.events}",
+                )
+            time.sleep(PAUSE_S)
+
+
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import os
 import secrets
 import shutil
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import cache
@@ -296,11 +297,21 @@ class EtcdServer:
                 self._pause.wait(POLL_S)
 
     def _last_words(self) -> str:
-        """The end of what the etcd started last has logged."""
+        """Why the etcd started last says that it ended, else the end of what it has logged."""
         if not self.log_path.exists():
             return "its log is empty"
         lines = self.log_path.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
-        return " | ".join(lines[-3:])[-600:] or "its log is empty"
+        return fatal(lines) or " | ".join(lines[-3:])[-600:] or "its log is empty"
+
+
+def fatal(lines: Sequence[str]) -> str:
+    """The first line of a log that says why etcd ended; it is followed by a stack of calls. Empty: there is none."""
+    for line in lines:
+        with suppress(ValueError, AttributeError):
+            said = json.loads(line)
+            if said.get("level") in ("fatal", "panic"):
+                return f"{said.get('msg')}: {said['error']}" if "error" in said else str(said.get("msg"))
+    return next((line for line in lines if line.startswith(("panic:", "fatal error:", "runtime:"))), "")
 
 
 def _healthy(client: httpx.Client) -> bool:

@@ -16,6 +16,9 @@ from workers.model.families import ModelInfo, read_config, read_model_info
 from workers.model.tensors import check_tensors
 from workers.model.text_files import DAMAGED_HINT, chat_templates, sampling_defaults, tokenizer_settings
 
+# What a value of another type than any checkpoint has leads to, where nothing looks for it.
+UNFORESEEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
 
 class Finding(msgspec.Struct, frozen=True):
     """The result of one check. `level` is ok, warn or fail; `hint` says what to do about it."""
@@ -43,12 +46,16 @@ def check_model(directory: Path) -> Checked:
         found.append(Finding("model", "ok", _summary(info)))
     except (ModelError, OSError) as error:
         found.append(_failure("model", error))
+    except UNFORESEEN as error:
+        found.append(_failure("model", error, "config.json"))
     if info is not None:
         try:
             check_tensors(info)
             found.append(Finding("weights", "ok", f"every tensor is there, in {len(info.files)} files"))
         except (ModelError, OSError) as error:
             found.append(_failure("weights", error))
+        except UNFORESEEN as error:
+            found.append(_failure("weights", error, "config.json, or a header of the weights,"))
         found += _remarks(info)
     if directory.is_dir():
         found.append(_tokenizer(directory))
@@ -75,11 +82,11 @@ def first_failure(findings: Sequence[Finding]) -> ModelError | None:
     return ModelError(f"{failed[0].message}{more}", hint=failed[0].hint)
 
 
-def _failure(what: str, error: Exception) -> Finding:
+def _failure(what: str, error: Exception, file: str = "tokenizer_config.json") -> Finding:
     if isinstance(error, ElasticError):
         return Finding(what, "fail", str(error), error.hint)
     if not isinstance(error, OSError):
-        return Finding(what, "fail", f"tokenizer_config.json is damaged: {error}", DAMAGED_HINT)
+        return Finding(what, "fail", f"{file} is damaged: {error}", DAMAGED_HINT)
     return Finding(what, "fail", f"cannot read {error.filename}: {error.strerror}", "is it a file that you may read?")
 
 

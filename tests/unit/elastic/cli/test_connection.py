@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from elastic.cli.client import AdminClient
-from elastic.cli.connection import Connection
+from elastic.cli.connection import Connection, require_embedded
 from elastic.serve.state_dir import ClusterAddress, StateDir
-from membership.base.errors import ConfigError
+from membership.base.errors import ConfigError, StoreUnavailable
 
 pytestmark = pytest.mark.unit
 
@@ -56,3 +57,21 @@ def test_a_gateway_of_another_cluster_is_refused(monkeypatch: pytest.MonkeyPatch
         Connection(cluster="one", admin="http://127.0.0.1:1").client(),
     ):
         pass
+
+
+def test_a_cluster_whose_server_was_killed_is_said_to_be_and_how_to_go_on(tmp_path: Path) -> None:
+    """It was gRPC's "connections to all backends failing", without anything to do."""
+    path = tmp_path / "etcd.sock:0"
+    address = ClusterAddress(cluster="one", etcd=(f"unix://{path}",), model="/models/m")
+    state = StateDir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as alive:
+        alive.bind(str(path))
+        alive.listen()
+        require_embedded(address, state)
+    for _ in ("nobody has the socket", "it is gone"):
+        with pytest.raises(StoreUnavailable, match="cluster 'one' is not being served: nothing listens at") as refused:
+            require_embedded(address, state, timeout_s=0.0)
+        assert f"elastic serve /models/m --state-dir {tmp_path}" in refused.value.hint
+        assert str(state.events) in refused.value.hint
+        path.unlink(missing_ok=True)
+    require_embedded(ClusterAddress(cluster="one", etcd=("http://127.0.0.1:1",)), state, timeout_s=0.0)
