@@ -243,3 +243,15 @@ def test_other_failures_are_all_told_and_cost_no_more_than_before(monkeypatch: p
     tried = clock.attempts_within(spares, executor, 120.0)
     assert len(tried) >= 4
     assert len(clock.said) == len(tried)
+
+
+def test_a_spare_whose_device_is_lost_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no lack of memory: the next one is made as after any death, and reported."""
+    clock = Clock(monkeypatch)
+    spares, executor = with_spares(0, devices=1, emit=clock.emit)
+    spares._wanted = 1
+    executor.note = DeviceNote(last_words="cuda:0: CUDA error: uncorrectable ECC error encountered")
+    assert clock.attempts_within(spares, executor, 1.0) == [0.0]
+    spares.died(SpareId(1), "detected by pidfd")
+    assert clock.said[-1] == ("spare_lost", f"{executor.note.last_words}; detected by pidfd")
+    assert clock.attempts_within(spares, executor, 1.0) == [0.0]

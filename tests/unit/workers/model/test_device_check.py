@@ -39,6 +39,26 @@ class Stream:
         ("", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, ""),
         ("unspecified launch failure", RuntimeError("whatever came first"), False, "unspecified launch failure"),
         ("unspecified launch failure", torch.OutOfMemoryError("it cannot tell"), False, "unspecified launch failure"),
+        # As CUDA words what may come with an Xid, whoever saw it first.
+        ("no CUDA-capable device is detected", RuntimeError("whatever"), False, "no CUDA-capable device is detected"),
+        (
+            "uncorrectable ECC error encountered",
+            RankFailed("CUDA's driver: CUDA_ERROR_ECC_UNCORRECTABLE"),
+            False,
+            "uncorrectable ECC error encountered",
+        ),
+        (
+            "an illegal memory access was encountered",
+            RuntimeError("Triton Error [CUDA]: an illegal memory access"),
+            False,
+            "an illegal memory access was encountered",
+        ),
+        (
+            "the launch timed out and was terminated",
+            ValueError("logits"),
+            False,
+            "the launch timed out and was terminated",
+        ),
     ],
 )
 def test_only_an_error_that_stays_ends_the_rank(
