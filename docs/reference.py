@@ -31,6 +31,7 @@ from elastic.serve.options import (
 PAGE = Path("docs/OPTIONS.md")
 VALUES = Path("helm/elastic-ep/values.yaml")
 SCHEMA = Path("helm/elastic-ep/values.schema.json")
+URL = r"^https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):[0-9]{1,5}/?$"
 BEGIN, END = "# Options of `elastic serve`, written by `make docs`:", "# (end of what `make docs` writes)"
 SECTIONS = (
     ("elastic serve MODEL", ServeOptions),
@@ -158,11 +159,11 @@ def _limits(stated: Stated) -> dict[str, Any] | None:
     """JSON schema of an option's value; None: any text will do."""
     option = stated.option
     if stated.kind is Kind.URLS:
-        return {"type": "array", "items": {"type": "string", "pattern": "^https?://"}}
+        return {"type": "array", "items": {"type": "string", "pattern": URL}}
     if stated.choices:
         return {"enum": list(stated.choices)}
-    if stated.required:
-        return {"type": "string", "minLength": 1}
+    if stated.required:  # the model's path in a pod: one that is not absolute would be below a folder of ours
+        return {"type": "string", "pattern": "^/."}
     bounds = {"minimum": option.minimum, "maximum": option.maximum}
     if option.maximum == MAX_PORT:
         bounds["minimum"] = LOWEST_PORT

@@ -369,6 +369,7 @@ def test_bad_values_are_refused(setting: str) -> None:
         (("etcd.user=u", "etcd.passwordSecret=p"), "etcd.endpoints"),
         (("etcd.endpoints={https://e:1}", "etcd.clientCertificate=true"), "etcd.tlsSecret"),
         (("model.volume.hostPath.path=/x", "model.path=/data/m"), "model.mountPath"),
+        (("model.volume.hostPath.path=/x", "model.path=/state/m", "model.mountPath=/state"), "volume of its own"),
         (("extraArgs={--port=1}",), "extraArgs: --port"),
         (("extraArgs={ranks}",), "extraArgs.0"),
         (("image.tag=1",), "image.tag"),
@@ -419,3 +420,86 @@ def test_a_typo_in_any_key_is_refused_with_the_right_one() -> None:
             judged += 1
     assert judged >= 60
     jsonschema.Draft7Validator(schema).validate(values)
+
+
+WRONG = """
+image.repository: https://registry/x
+image.repository: registry/x:1.0
+image.repository: registry/x@sha256:abc
+image.repository: Registry/Elastic
+image.tag: a b
+model.path: models/x
+model.path: hf://org/x
+etcd.endpoints: [http://etcd]
+etcd.endpoints: [http://etcd:2379/v3]
+etcd.tlsSecret: My_Secret
+etcd.storage.storageClassName: Fast SSD
+admin.existingSecret: My Token
+api.keysSecret: Keys
+api.tlsSecret: tls/secret
+join.existingSecret: A_b
+imagePullSecrets: [{name: My_Registry}]
+service.adminHost: localhost:8001
+service.adminHost: 10.0.0
+networkPolicy.clients: [{cidr: 10.0.0.0/8}]
+resources.requests: {cpu: two}
+resources.requests: {memory: 4GB}
+resources.limits: {memory: 8g}
+resources.requests: {gpu: 1}
+engine.resources: {requests: {cpu: 1x}}
+serviceAccount.name: My
+priorityClassName: High Priority
+runtimeClassName: NVIDIA
+tolerations: [x]
+extraArgs: [--spares 1]
+agents.extraArgs: [--spares 1]
+extraEnv: [{name: 1A, value: b}]
+extraEnv: [{name: A, value: 1}]
+extraEnv: [{value: b}]
+extraVolumes: [{emptyDir: {}}]
+extraVolumeMounts: [{name: tmp}]
+extraInitContainers: [{name: fetch}]
+extraObjects: [{apiVersion: v1, kind: ConfigMap}]
+"""
+RIGHT = """
+image.repository: registry.example.com:5000/team/elastic-ep
+image.repository: elastic_ep
+image.tag: 0.1.0-cuda@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef
+image.tag: ""
+model.path: /models/my model
+etcd.endpoints: ["http://[fd00::1]:2379", "http://etcd.ns.svc.cluster.local:2379/"]
+etcd.storage.storageClassName: ""
+state.persistence.storageClassName: null
+admin.existingSecret: a.b-c
+service.adminHost: "::1"
+service.adminHost: localhost
+networkPolicy.clients: [{ipBlock: {cidr: 10.0.0.0/8}}]
+resources.requests: {cpu: 2, memory: 4Gi, ephemeral-storage: 1e9, hugepages-2Mi: 128Mi}
+resources.limits: {cpu: "0.5", nvidia.com/gpu: 1, memory: 500M}
+gateway.resources: {requests: {cpu: 250m}}
+extraArgs: [--spares=1, --device=cuda, --access-log]
+extraEnv: [{name: A, value: "1"}, {name: B, valueFrom: {fieldRef: {fieldPath: metadata.name}}}]
+"""
+
+
+def taken(line: str) -> list[str]:
+    """What the schema says to the chart's values with this one among them."""
+    path, _, value = line.partition(": ")
+    *head, last = path.split(".")
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    functools.reduce(lambda found, key: found[key], head, values)[last] = yaml.safe_load(value)
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    errors = jsonschema.Draft7Validator(schema).iter_errors(values)
+    return [".".join(map(str, error.absolute_path)) for error in errors]
+
+
+@pytest.mark.parametrize("line", WRONG.strip().splitlines())
+def test_what_a_pod_would_wait_for_or_end_with_is_refused_before(line: str) -> None:
+    """Kubernetes takes most of these, and nothing starts."""
+    [where] = taken(line)
+    assert where.startswith(line.partition(": ")[0])
+
+
+@pytest.mark.parametrize("line", RIGHT.strip().splitlines())
+def test_what_is_unusual_and_right_is_taken(line: str) -> None:
+    assert taken(line) == []

@@ -61,6 +61,9 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- if and $values.model.volume (not (hasPrefix (printf "%s/" (trimSuffix "/" $values.model.mountPath)) (printf "%s/" $values.model.path))) -}}
 {{- fail (printf "model.path: %s is not below model.mountPath, %s, where model.volume is mounted" $values.model.path $values.model.mountPath) -}}
 {{- end -}}
+{{- if and $values.model.volume (has (trimSuffix "/" $values.model.mountPath) (list "/state" "/tmp" "/dev/shm" "/etc/elastic-ep")) -}}
+{{- fail (printf "model.mountPath: at %s the chart mounts a volume of its own: choose another path, such as /models" $values.model.mountPath) -}}
+{{- end -}}
 {{- $ours := list "host" "port" "admin-host" "admin-port" "state-dir" "cluster" "stop-grace" "only-on" "log-stdout" "admin-token-file" -}}
 {{- include "elastic-ep.validateFlags" (dict "key" "extraArgs" "flags" $values.extraArgs "ours" $ours) -}}
 {{- if eq $values.mode "many" }}{{ include "elastic-ep.validateMany" . }}{{ end -}}
