@@ -93,8 +93,9 @@ def logprobs_of(logits: Row, tokens: Sequence[int], wanted: Sequence[int]) -> It
     """
     logs = log_softmax(logits)
     chosen = logs[np.arange(len(logs)), tokens]
-    ranks = np.count_nonzero(logs >= chosen[:, None], axis=1).tolist()
-    for row, mine, rank, count in zip(logs, chosen.tolist(), ranks, wanted, strict=True):
+    as_likely = logs >= chosen[:, None]
+    for row, mine, places, count in zip(logs, chosen.tolist(), as_likely, wanted, strict=True):
+        rank = int(np.count_nonzero(places))  # row by row: with an axis it converts them all first
         yield TokenLogprobs(mine, _best(row, min(count, row.size)) if count > 0 else [], rank)
 
 
