@@ -47,13 +47,18 @@ def made_secret(state_dir: Path) -> Path | None:
 
 def make_secret(state_dir: Path) -> Path:
     """The file with the secret in this state directory; it is made once, readable by its owner alone."""
-    file = state_dir / FILE
-    try:
-        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
+    file, draft = state_dir / FILE, state_dir / f".{FILE}.{os.getpid()}"
+    if file.exists():
         return file
-    with open(fd, "w", encoding="ascii") as made:
-        made.write(new_secret() + "\n")
+    try:
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="ascii") as made:
+            made.write(new_secret() + "\n")
+            made.flush()
+            os.fsync(made.fileno())  # an empty one, after a power cut, would be refused for ever
+        draft.replace(file)  # the state directory is claimed, so no other process makes one
+    finally:
+        draft.unlink(missing_ok=True)
     return file
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -30,6 +31,17 @@ def test_it_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
     network = network_of(HERE, file, "moe")
     assert network is not None
     assert (network.address, network.cluster, network.secret) == (HERE, "moe", made.strip().encode())
+
+
+def test_it_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who ended while it was made left an empty file, which each later start refused."""
+    with monkeypatch.context() as full:
+        full.setattr("elastic.serve.join_secret.new_secret", Mock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            make_secret(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert network_of(HERE, make_secret(tmp_path), "moe") is not None
+    assert [each.name for each in tmp_path.iterdir()] == ["join-secret"]
 
 
 def test_one_host_needs_none() -> None:
