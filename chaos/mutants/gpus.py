@@ -116,8 +116,8 @@ MUTANTS: tuple[Mutant, ...] = (
         name="spares-without-device-memory",
         guards="G5: spares that lack device memory are made ever later: each takes it beside ranks that serve",
         file="workers/agent/spares.py",
-        before="self.lost(key, str(error), full=isinstance(error, RankFull))",
-        after="self.lost(key, str(error))",
+        before='self.lost(key, f"{why}{reason}", full=full or said.full)',
+        after='self.lost(key, f"{why}{reason}")',
         tests=(f"{SPARES}::test_a_spare_that_lacks_device_memory_is_made_ever_later_and_said_once",),
     ),
 )

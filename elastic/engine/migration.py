@@ -1,10 +1,10 @@
 """Moves requests with their KV blocks off ranks that are about to leave, so that nothing is computed again. Pure.
 
 A move runs between steps, one piece at a time: the source writes blocks out, the target reads them in, and finally the
-target becomes the request's home. Full blocks do not change, so the request pauses only for its last piece; those that
-the target has already are not copied. At most one request leaves and one enters a rank at a time, so a step waits for
-at most one piece. A failed move leaves the request where it was; if it is still there when its rank leaves, it is
-computed again on another rank.
+target becomes the request's home. Full blocks do not change, so the request pauses only for its first piece, which may
+be all, and for its last; those that the target has already are not copied. At most one request leaves and one enters a
+rank at a time, so a step waits for at most one piece. A failed move leaves the request where it was; if it is still
+there when its rank leaves, it is computed again on another rank.
 """
 
 from __future__ import annotations

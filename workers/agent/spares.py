@@ -173,16 +173,14 @@ class Spares:
         for key in list(self._spares):
             del self._spares[key]
             self._executor.retire([key], lambda key: None, kill=True)
-        self._full = 0
+        if self._full:  # those that ended may have had the memory that the next one lacked
+            self._full, self._not_before = 0, 0.0
         self._publish_ready()
 
     def died(self, key: ProcessId, reason: str) -> None:
         """A spare died. If it was being promoted, the promotion's own callback reports it."""
         if isinstance(key, SpareId) and key in self._spares:
-            worker = self._executor.workers.get(key)
-            said = worker.liveness.note if worker is not None else NOTHING
-            why = f"{said.last_words}; " if said.last_words else ""
-            self.lost(key, f"{why}{reason}", full=said.full)
+            self._failed(key, reason)
 
     def check(self, now: float) -> None:
         """Drop spares whose heartbeat stopped, and those whose load did."""
@@ -217,7 +215,7 @@ class Spares:
         if spare is None:
             return  # its death came first
         if error is not None:
-            self.lost(key, str(error), full=isinstance(error, RankFull))
+            self._failed(key, str(error), full=isinstance(error, RankFull))
             return
         self._full = 0
         identity = called.result(timeout=0)[key]
@@ -225,6 +223,13 @@ class Spares:
         spare.heartbeat = Heartbeat(-1, time.monotonic())
         self._emit("spare_ready", number=key.number, pid=spare.pid, took_ms=round((time.time() - spare.begun) * 1e3, 1))
         self._publish_ready()
+
+    def _failed(self, key: SpareId, reason: str, *, full: bool = False) -> None:
+        """As `lost`. Its process may have ended before it answered: then its last words say why, in either order."""
+        worker = self._executor.workers.get(key)
+        said = worker.liveness.note if worker is not None else NOTHING
+        why = f"{said.last_words}; " if said.last_words not in reason else ""
+        self.lost(key, f"{why}{reason}", full=full or said.full)
 
     def _publish_ready(self) -> None:
         self._publish(tuple(spare.pid for spare in self._spares.values() if spare.ready))

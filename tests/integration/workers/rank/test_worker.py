@@ -257,7 +257,7 @@ def test_memory_is_given_back_only_where_experts_were_read(
 ) -> None:
     """Else it is what the next step takes, such as the one after a death, for which nothing is read as a rule."""
     given_back = list[int]()
-    monkeypatch.setattr("workers.rank.worker.give_memory_back", lambda: given_back.append(1))
+    monkeypatch.setattr("workers.rank.preparation.give_memory_back", lambda: given_back.append(1))
     assert worker.prepare_epoch(view(1, WHOLE), {}).get_output(60.0)["bytes_loaded"] > 0
     assert given_back == [1]
     assert worker.prepare_epoch(view(2, WHOLE), {}).get_output(60.0)["bytes_loaded"] == 0
@@ -483,7 +483,7 @@ def test_a_device_that_is_lost_beside_a_step_ends_the_rank(
         worker.exchange.failed(failure)
     else:
         monkeypatch.setattr(worker._runner, "write_out", fails)
-        with pytest.raises(RuntimeError, match="launch failure"):
+        with pytest.raises(DeviceLost, match="launch failure"):  # so the engine learns what the process ends for
             worker.copy_blocks(CopyBlocks(1, 1, RankId(0, 1), RankId(1, 1), [0]))
     with pytest.raises(DeviceLost, match="launch failure"):
         worker.poll()

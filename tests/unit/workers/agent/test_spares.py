@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from membership.base.enums import OperationKind
-from membership.base.errors import RankFailed, RankFull
+from membership.base.errors import RankDied, RankFailed, RankFull
 from membership.base.rank_id import RankId, SpareId
 from membership.store.records import (
     Assignment,
@@ -177,7 +177,7 @@ class Clock:
         return found
 
 
-@pytest.mark.parametrize("known_by", ["the error of its load", "its last words"])
+@pytest.mark.parametrize("known_by", ["the error of its load", "its last words", "both, as its death ends the call"])
 def test_a_spare_that_lacks_device_memory_is_made_ever_later_and_said_once(
     monkeypatch: pytest.MonkeyPatch, known_by: str
 ) -> None:
@@ -189,6 +189,9 @@ def test_a_spare_that_lacks_device_memory_is_made_ever_later_and_said_once(
         executor.fail = RankFull(FULL)
     else:  # the process ended before its answer came
         executor.note = DeviceNote(last_words=FULL, full=True)
+    if known_by == "both, as its death ends the call":  # which is told before the death itself
+        executor.fail = RankDied("spare 1: its process ended (detected by pidfd)")
+    elif known_by == "its last words":
         monkeypatch.setattr(spares, "_loaded", lambda key, _: spares.died(key, "detected by pidfd"))
     tried = clock.attempts_within(spares, executor, 4 * FULL_SPARE_MAX_S)
     waits = [b - a for a, b in itertools.pairwise(tried)]
@@ -233,6 +236,20 @@ def test_a_spare_is_tried_at_once_where_ranks_have_left(monkeypatch: pytest.Monk
     assert settled(left)
     spares.tend(left, clock.now)
     assert len(executor.started) == 2
+
+
+def test_new_spares_after_a_change_of_the_secret_do_not_wait_for_memory_that_the_old_ones_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    spares, executor = with_spares(1, devices=1, emit=clock.emit)
+    spares._wanted = 2
+    executor.fail = RankFull(FULL)
+    assert clock.attempts_within(spares, executor, FULL_SPARE_S - 1) == [0.0]
+    executor.fail = None
+    spares.renew()
+    spares.tend(healthy(), clock.now)
+    assert len(executor.started) == 3
 
 
 def test_other_failures_are_all_told_and_cost_no_more_than_before(monkeypatch: pytest.MonkeyPatch) -> None:
