@@ -30,7 +30,7 @@ def at_once(module: nn.Module, name: str, calibrations: Calibrations) -> Forward
     weight = module.get_parameter("weight")
     if weight.dtype not in KINDS or len(weight) < VECTOR or module._parameters.get("bias") is not None:
         return None
-    forward = partial(_projected, module) if isinstance(module, nn.Linear) else with_product(module, product)
+    forward = partial(_projected, module) if type(module) is nn.Linear else with_product(module, product)
     if forward is None:
         return None
     what = f"dense {tuple(weight.shape)} of {weight.dtype} on the GPU"

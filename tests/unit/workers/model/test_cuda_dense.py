@@ -32,6 +32,10 @@ def whole_numbers(*shape: int, seed: int = 6) -> Tensor:
     return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).half()
 
 
+class Router(nn.Linear):
+    """A projection by its class, which gives more than its product."""
+
+
 class Projected(nn.Module):
     """A projection, and a router of the usual kind; 72 columns and 80 rows of a matrix fill no tile."""
 
@@ -112,3 +116,4 @@ def test_what_a_long_piece_cannot_be_launched_for_stays_in_tiles(bias: bool) -> 
     layer = nn.Linear(32, 64 if bias else 8, bias=bias)
     assert dense.at_once(layer, "a test", Calibrations()) is None
     assert dense.at_once(nn.Linear(32, 64, dtype=torch.float64, bias=False), "a test", Calibrations()) is None
+    assert dense.at_once(Router(32, 64, bias=False), "a test", Calibrations()) is None
