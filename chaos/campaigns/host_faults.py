@@ -154,7 +154,7 @@ def rules(fault: HostFault, addresses: Mapping[str, str]) -> Rules:
     match fault.kind:
         case Kind.ISOLATE | Kind.DIVIDE:
             others = [each for each in addresses if each not in (one, ETCD if fault.kind is Kind.DIVIDE else one)]
-            pairs = [pair for other in others for pair in ((one, other), (other, one))]
+            pairs = [pair for other in others for pair in ((other, one), (one, other))]  # as `cut_off`: its own first
             return _at_receivers(pairs, addresses, "drop")
         case Kind.CUT:
             return _at_receivers([(one, two), (two, one)], addresses, "drop")

@@ -112,7 +112,7 @@ def soak_over_hosts(over: HostOptions, options: RunOptions, ranks: int, output: 
     notify = progress()
     with ExitStack() as opened:
         folder = Path(tempfile.mkdtemp(prefix="elastic-ep-chaos-"))
-        opened.callback(_clear, folder, run)
+        opened.callback(clear, folder, run)
         cluster = opened.enter_context(own_hosts(names, folder, etcd_on_hosts=over.etcd_on_hosts))
         run.serve(cluster, checkpoint(options.model, folder))
         run.run(LocalTarget(cluster), notify)
@@ -121,9 +121,10 @@ def soak_over_hosts(over: HostOptions, options: RunOptions, ranks: int, output: 
     show_receipt(receipt, f"{receipt.faults} faults on {receipt.hosts} hosts", output)
 
 
-def _clear(folder: Path, run: HostSoak) -> None:
-    """Away with it, unless the run went wrong: hosts' logs say why, and the receipt names them."""
-    if run.history and not run.troubles:
+def clear(folder: Path, run: HostSoak) -> None:
+    """Away with it, unless the run broke, or was broken off: hosts' logs say why. An empty one says nothing."""
+    held = bool(run.history) and run.receipt().ok
+    if held or not any(folder.iterdir()):
         shutil.rmtree(folder)
     else:
         typer.echo(f"kept: {folder}", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice, product
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,7 @@ from chaos.campaigns.host_bursts import (
 )
 from chaos.campaigns.host_faults import rules
 from chaos.campaigns.host_soak import HostSoak, last_read_s, starved
+from chaos.cli.endurance import clear
 from chaos.faults.base import Injected
 from chaos.faults.nftables import Rule
 from chaos.record.record import AnyLine, Read
@@ -96,6 +98,15 @@ def test_which_packets_a_fault_drops(fault: HostFault, expected: set[tuple[str, 
     assert set(rules(fault, ADDRESSES)) == expected
 
 
+@pytest.mark.parametrize("kind", [HostFaultKind.ISOLATE, HostFaultKind.DIVIDE])
+def test_a_host_hears_none_of_the_others_from_one_moment_on(kind: HostFaultKind) -> None:
+    """Were the others' rules first, it would be cut off from one of them well before the next."""
+    others = len(ADDRESSES) - 1 - (kind is HostFaultKind.DIVIDE)
+    found = dict.fromkeys(at for at, _ in rules(HostFault(kind, "b"), ADDRESSES))
+    assert next(iter(found)) == "b"
+    assert len(found) == 1 + others
+
+
 def finished(*history: RequestRecord, faults: int = 1) -> HostSoak:
     return HostSoak(
         seed=1, hosts=HOSTS, injected=[(CUT, SEEN)] * faults, oracle={0: WHOLE}, history=list(history or [WHOLE]),
@@ -129,3 +140,21 @@ def test_what_breaks_it() -> None:
     assert partial.receipt().broken == ("cut during drain was not seen to happen",)
     altered = finished(RequestRecord(prompt=0, started=0.0, tokens=("a", "x"), finish_reason="length"))
     assert "token 1" in " ".join(altered.receipt().broken)
+
+
+def test_the_logs_of_a_run_that_broke_are_kept(tmp_path: Path) -> None:
+    altered = RequestRecord(prompt=0, started=0.0, tokens=("a", "x"), finish_reason="length")
+    unended = finished()
+    unended.troubles.append("no full strength within 120 s")
+    for number, (run, kept) in enumerate([(finished(), False), (finished(altered), True), (unended, True)]):
+        folder = tmp_path / str(number)
+        (folder / "a" / "logs").mkdir(parents=True)
+        clear(folder, run)
+        assert folder.exists() == kept
+
+
+def test_a_machine_that_can_have_no_hosts_is_left_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    clear(folder, HostSoak(seed=1, hosts=HOSTS))
+    assert not folder.exists()
