@@ -105,6 +105,7 @@ class Grammars:
         if found is None:
             self._tokenizer = self._tokenizer or self._read()
             found = matcher_of(self._tokenizer, grammar)
+            mask_of(found)  # before its first mask, the library follows a text without a choice beyond all limits
         self._grammars[grammar] = found
         if len(self._grammars) > KEPT_GRAMMARS:
             self._grammars.popitem(last=False)

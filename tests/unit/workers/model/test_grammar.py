@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +76,19 @@ def test_what_is_drawn_has_the_form(form: str, seed: int) -> None:
         return mask
 
     check(Tokenizer(MODEL).decode(walk(grammar, seed, masks)))
+
+
+def test_a_rank_that_is_new_to_a_request_follows_no_long_text_to_its_end() -> None:
+    """After a first choice, which the gateway lets pass: it took hours, in a step of all requests."""
+    follow = """
+import numpy
+from llguidance import LLMatcher
+from tests.unit.workers.model.test_grammar import SIZE, grammars
+grammar = LLMatcher.grammar_from_regex("[ab]((a{1000}){1000}){1000}")
+first = numpy.flatnonzero(grammars().allowed(grammar, numpy.array([], numpy.uint32), SIZE))[-1:].astype(numpy.uint32)
+assert grammars().allowed(grammar, first, SIZE).any()
+"""
+    subprocess.run([sys.executable, "-c", follow], cwd=ROOT, timeout=60, check=True)
 
 
 def test_requests_do_not_disturb_each_other() -> None:
