@@ -17,8 +17,14 @@ extras=embedded
 [[ $variant == cuda ]] && extras=embedded,cuda
 arguments=(--build-arg "BASE=$base" --build-arg "VARIANT=$variant" --build-arg "EXTRAS=$extras")
 for name in TORCH PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CERT; do
-    [[ -z ${!name:-} ]] || arguments+=(--build-arg "$name=${!name}")
-    [[ ${!name:-} != /* || ! -e ${!name} ]] || arguments+=(--volume "${!name}:${!name}:ro")
+    value=${!name:-}
+    [[ -n $value ]] || continue
+    if [[ $value == /* && -e $value ]]; then  # at a place of its own: apt-get replaces the image's certificates
+        place=/handed-on/$name/$(basename "$value")
+        arguments+=(--volume "$value:$place:ro")
+        value=$place
+    fi
+    arguments+=(--build-arg "$name=$value")
 done
 buildah build --file "$source/helm/image/Dockerfile" --ignorefile "$source/helm/image/Dockerfile.dockerignore" \
     "${arguments[@]}" ${BUILDAH_FLAGS:-} \

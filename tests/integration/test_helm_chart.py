@@ -445,6 +445,8 @@ networkPolicy.clients: [{cidr: 10.0.0.0/8}]
 resources.requests: {cpu: two}
 resources.requests: {memory: 4GB}
 resources.limits: {memory: 8g}
+resources.limits: {memory: 8ki}
+sharedMemory.size: 8ki
 resources.requests: {gpu: 1}
 engine.resources: {requests: {cpu: 1x}}
 serviceAccount.name: My
@@ -476,6 +478,8 @@ service.adminHost: localhost
 networkPolicy.clients: [{ipBlock: {cidr: 10.0.0.0/8}}]
 resources.requests: {cpu: 2, memory: 4Gi, ephemeral-storage: 1e9, hugepages-2Mi: 128Mi}
 resources.limits: {cpu: "0.5", nvidia.com/gpu: 1, memory: 500M}
+resources.limits: {cpu: ".5", smarter-devices/fuse: 1, memory: 65536Ki}
+sharedMemory.size: 65536Ki
 gateway.resources: {requests: {cpu: 250m}}
 extraArgs: [--spares=1, --device=cuda, --access-log]
 extraEnv: [{name: A, value: "1"}, {name: B, valueFrom: {fieldRef: {fieldPath: metadata.name}}}]

@@ -156,6 +156,28 @@ def test_the_script_is_one_that_may_be_run(name: str) -> None:
     assert subprocess.run(["bash", "-n", str(IMAGE / name)], timeout=30).returncode == 0
 
 
+def test_files_that_pip_is_told_of_are_mounted_where_the_image_has_none(tmp_path: Path) -> None:
+    """A certificate's usual place is where apt-get puts the image's own: mounted there, that fails."""
+    certificate, wheels = tmp_path / "ca.crt", tmp_path / "wheels"
+    certificate.touch()
+    wheels.mkdir()
+    (tmp_path / "buildah").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "buildah").chmod(0o755)
+    given = {"PIP_CERT": str(certificate), "PIP_FIND_LINKS": f"{wheels}/", "PIP_INDEX_URL": "https://pip/simple"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    command = ["bash", str(IMAGE / "build.sh"), "cpu", "python@sha256:1", str(tmp_path / "image.tar")]
+    said = subprocess.run(command, env={"PATH": path, **given}, capture_output=True, text=True, timeout=30, check=True)
+    words = said.stdout.splitlines()
+    passed = {each.partition("=")[0]: each.partition("=")[2] for each in words if each.startswith("PIP_")}
+    mounted = [each.split(":") for each in words if each.endswith(":ro")]
+    assert passed["PIP_INDEX_URL"] == given["PIP_INDEX_URL"]
+    assert {there: here.rstrip("/") for here, there, _ in mounted} == {
+        passed["PIP_CERT"]: str(certificate),
+        passed["PIP_FIND_LINKS"]: str(wheels),
+    }
+    assert not [there for _, there, _ in mounted if not there.startswith("/handed-on/")]
+
+
 def test_where_a_tool_is_missing_the_image_is_not_tried_and_it_says_why(tmp_path: Path) -> None:
     bash, dirname = shutil.which("bash"), shutil.which("dirname")
     assert bash is not None
