@@ -128,6 +128,7 @@ def require_embedded(address: ClusterAddress, state: StateDir, timeout_s: float 
 
 def _listens(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # one that is stopped takes no more, once its queue is full
         return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
 
 

@@ -120,6 +120,6 @@ def _tokenizer(directory: Path) -> Finding:
     try:
         chat_templates(directory, tokenizer_settings(directory))
         sampling_defaults(directory)
-    except (ModelError, OSError, ValueError, TypeError, KeyError) as error:
-        return _failure("tokenizer", error)
+    except (ModelError, OSError, *UNFORESEEN) as error:
+        return _failure("tokenizer", error, "tokenizer_config.json or generation_config.json")
     return Finding("tokenizer", "ok", f"{tokens} tokens")

@@ -111,6 +111,8 @@ ALL = [
     Broken("architectures-a-number", edit(CONFIG, architectures=1), "config.json is damaged"),
     Broken("layers-beyond-all-numbers", edit(CONFIG, num_hidden_layers=10**30), "config.json is damaged"),
     Broken("a-shape-of-no-numbers", header(lambda t: t[QUERY].update(shape=7)), "a header of the weights, is damaged"),
+    Broken("defaults-beyond-all-numbers", edit(GENERATION, temperature=10**400), "generation_config.json is damaged"),
+    Broken("settings-without-end", write("tokenizer_config.json", b"[" * 100_000), "tokenizer_config.json or"),
     Broken("eos-a-word", edit(GENERATION, eos_token_id="two"), "eos_token_id in generation_config.json is 'two'"),
     Broken("eos-words", edit(GENERATION, eos_token_id=["1"]), "eos_token_id in generation_config.json is ['1']"),
     Broken("eos-a-fraction", edit(GENERATION, eos_token_id=1.5), "eos_token_id in generation_config.json is 1.5"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -75,3 +76,18 @@ def test_a_cluster_whose_server_was_killed_is_said_to_be_and_how_to_go_on(tmp_pa
         assert str(state.events) in refused.value.hint
         path.unlink(missing_ok=True)
     require_embedded(ClusterAddress(cluster="one", etcd=("http://127.0.0.1:1",)), state, timeout_s=0.0)
+
+
+def test_a_server_that_takes_no_connection_holds_no_command_up(tmp_path: Path) -> None:
+    """An etcd that is stopped, and whose queue is full: gRPC's calls have deadlines, a look had none."""
+    path = tmp_path / "etcd.sock:0"
+    address = ClusterAddress(cluster="one", etcd=(f"unix://{path}",))
+    with ExitStack() as opened:
+        stopped = opened.enter_context(socket.socket(socket.AF_UNIX))
+        stopped.bind(str(path))
+        stopped.listen(0)
+        opened.enter_context(socket.socket(socket.AF_UNIX)).connect(str(path))  # which fills it
+        look = threading.Thread(target=require_embedded, args=(address, StateDir(tmp_path)), daemon=True)
+        look.start()
+        look.join(5.0)
+        assert not look.is_alive()
