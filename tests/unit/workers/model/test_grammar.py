@@ -79,7 +79,7 @@ def test_what_is_drawn_has_the_form(form: str, seed: int) -> None:
 
 
 def test_a_rank_that_is_new_to_a_request_follows_no_long_text_to_its_end() -> None:
-    """After a first choice, which the gateway lets pass: it took hours, in a step of all requests."""
+    """After a first choice, which the gateway lets pass: it took more than a minute, in a step of all requests."""
     follow = """
 import numpy
 from llguidance import LLMatcher
