@@ -10,12 +10,13 @@ from pathlib import Path
 import msgspec
 
 from elastic.cli.clocks import clock_findings, offsets
+from elastic.cli.connection import Connection, require_embedded
 from elastic.cli.differences import Here, differences, others, reference
 from elastic.cli.reach import AT_ONCE, by_node, listeners, not_listening, reach
 from elastic.serve.model_check import Finding
 from elastic.serve.options import StoreOptions
-from elastic.serve.state_dir import ClusterAddress, StateDir
-from membership.base.errors import ConfigError, ElasticError
+from elastic.serve.state_dir import ClusterAddress
+from membership.base.errors import ElasticError
 from membership.planning.identity import HINT_COMPUTES, KERNELS, THREADS
 from membership.store.endpoints import require_listener
 from membership.store.keys import Keys, state_from
@@ -53,11 +54,9 @@ def examine_hosts(options: StoreOptions, model: Path | None) -> Iterator[Finding
 def _address(options: StoreOptions) -> ClusterAddress:
     if options.etcd:
         return ClusterAddress(cluster=options.cluster, etcd=options.etcd, credentials=options.credentials())
-    state = StateDir(options.state_dir) if options.state_dir else StateDir.last_served()
-    if (address := state.address()).cluster != options.cluster:
-        raise ConfigError(
-            f"cluster {options.cluster!r} is not the one in {state.path}", hint="name its etcd with --etcd"
-        )
+    state = Connection(cluster=options.cluster, state_dir=options.state_dir).state()
+    address = state.address()
+    require_embedded(address, state)
     return msgspec.structs.replace(address, credentials=options.credentials(address.credentials))
 
 

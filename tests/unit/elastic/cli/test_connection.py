@@ -12,6 +12,8 @@ import pytest
 
 from elastic.cli.client import AdminClient
 from elastic.cli.connection import Connection, require_embedded
+from elastic.cli.hosts import examine_hosts
+from elastic.serve.options import StoreOptions
 from elastic.serve.state_dir import ClusterAddress, StateDir
 from membership.base.errors import ConfigError, StoreUnavailable
 
@@ -41,6 +43,16 @@ def test_a_named_cluster_is_found_or_none_is(served: dict[str, Path]) -> None:
         with pytest.raises(ConfigError, match=f"no cluster named '{unknown}' is being served") as refused:
             Connection(cluster=unknown).client()
         assert "--state-dir" in refused.value.hint
+
+
+def test_doctor_finds_the_named_one_too(served: dict[str, Path]) -> None:
+    """And says of one that was killed what the others say."""
+    address = ClusterAddress(cluster="one", etcd=(f"unix://{served['one']}/etcd.sock:0",))
+    StateDir(served["one"]).publish(address)
+    StateDir(served["last"]).publish(ClusterAddress(cluster="last"))
+    said = {name: next(examine_hosts(StoreOptions(cluster=name), None)).message for name in ("one", "two")}
+    assert said["one"].startswith("cluster 'one' is not being served: nothing listens at")
+    assert said["two"] == "no cluster named 'two' is being served from this machine"
 
 
 def test_a_state_directory_of_another_cluster_is_refused(served: dict[str, Path]) -> None:
