@@ -56,7 +56,7 @@ tests-of-clients: $(CACHE)/clients/.ready
 test-helm: setup $(CACHE)/helm  ## those tests that are of the Helm chart; `test` has them, too
 	@$(BIN)/python -m pytest tests/integration/test_helm_*.py tests/e2e/test_pod.py tests/e2e/test_pods.py $(SIDE_BY_SIDE) 2
 
-test-image:  ## build the image of the chart and run its demo; `test` does not (half an hour); skipped where there is no buildah
+test-image:  ## build the image of the chart and run its demo; `test` does not (five minutes of two idle cores); skipped where there is no buildah
 	@helm/image/try.sh
 
 check: setup  ## lint, types, import law, unit tests (under 90 s)
