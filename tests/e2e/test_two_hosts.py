@@ -27,10 +27,12 @@ from membership.store.keys import Keys
 from membership.store.records import LeaderRecord
 from tests.support.helpers import eventually
 from tests.support.hosts import made_hosts
-from tests.support.served import fault_free, streaming, under_load
+from tests.support.served import fault_free, stream_all, streaming, texts_of, under_load
 from workers.protocol.exchange_handle import AutoHandle, TcpHandle
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+OUTLASTS_A_DRAIN = 400  # tokens of an answer: a drain is typed meanwhile
 
 
 class TwoHosts(HostCluster):
@@ -176,10 +178,14 @@ def the_cable_is_pulled(cluster: TwoHosts) -> None:
 
 def the_host_is_drained(cluster: TwoHosts) -> None:
     """Its requests go on at host a, to which their KV blocks are sent."""
+    model, state = cluster.model_name(), ("--state-dir", str(cluster.state.path))
+    expected = texts_of(cluster, model, OUTLASTS_A_DRAIN)
     ranks, before = ranks_of_b(cluster), len(cluster.events())
-    state = ("--state-dir", str(cluster.state.path))
+    streams = stream_all(cluster, model, OUTLASTS_A_DRAIN)
+    eventually(lambda: cluster.status()["requests"]["running"] > 12, 60.0, "streams under way")
     cluster.type_on("a", "drain", "--node", "b", *state)
     assert not ranks_of_b(cluster)
+    assert [each.result(timeout=180) for each in streams] == expected
     moved = [event for event in cluster.events()[before:] if event.kind == "request_moved"]
     assert moved, "no request has taken its KV blocks along"
     assert {event.fields["source"] for event in moved} <= ranks

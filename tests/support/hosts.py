@@ -1,4 +1,4 @@
-"""Hosts for a test, which is skipped where none can be made."""
+"""Hosts for a test, which is skipped where none can be made: once some were, each further failure is one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from membership.base.errors import ConfigError
 
 __all__ = ["Hosts", "made_hosts"]
 
+_made: list[str] = []
+
 
 def own_namespaces() -> set[str]:
     """Those of this process: tests that run beside make some, too."""
@@ -28,5 +30,8 @@ def made_hosts(*hosts: str) -> Iterator[Hosts]:
         try:
             made = opened.enter_context(of_this_machine.made_hosts(*hosts))
         except ConfigError as error:
+            if _made:
+                raise
             pytest.skip(str(error))
+        _made.append(made.bridge)
         yield made

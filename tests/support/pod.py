@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,12 @@ class Pod:
     @property
     def pid(self) -> int:
         """Of its first process, as the host sees it."""
+        return eventually(self._first, 30.0, "the container to start").pid
+
+    def _first(self) -> psutil.Process | None:
+        """None if it has not begun, or has ended."""
         assert self._process is not None
-        eventually(lambda: bool(psutil.Process(self._process.pid).children()), 30.0, "the container to start")
-        return psutil.Process(self._process.pid).children()[0].pid
+        return next(iter(psutil.Process(self._process.pid).children()), None)
 
     def signal(self, number: signal.Signals) -> None:
         """Send it to the first process."""
@@ -159,10 +163,15 @@ class Pod:
         return self._process is not None and self._process.poll() is not None
 
     def close(self) -> None:
-        """Kill it: all of a PID namespace ends with its first process, and `unshare` with that."""
-        if self._process is not None and self._process.poll() is None:
-            self.signal(signal.SIGKILL)
-            self._process.wait(timeout=30)
+        """Kill it: all of a PID namespace ends with its first process, and `unshare` with that. It may end by itself."""
+        if self._process is not None:
+            eventually(self._killed, 30.0, f"{self.name} to end")
+
+    def _killed(self) -> bool:
+        if not self.ended() and (first := self._first()):
+            with suppress(psutil.NoSuchProcess):
+                first.kill()
+        return self.ended()
 
     def lines(self) -> list[str]:
         """The lines that it wrote so far, as `kubectl logs` shows them; not one that is still being written."""
