@@ -32,23 +32,25 @@ def context_length(longest: int, block_size: int) -> int:
     return -(-longest // step) * step
 
 
-class Mask(NamedTuple):
-    """What a query may not look at, [tiles, 1, positions, length]. It is replaced and not just added to, as it may be
-    no number: by two operations that are vectorised, which the one that selects is not.
+class Band(NamedTuple):
+    """Cells that queries may not look at: none, or some as `kept` and `added` say, [tiles, 1, positions, cells].
+
+    A score is replaced and not just added to, as it may be no number: by two operations that are vectorised, which the
+    one that selects is not.
     """
 
-    kept: Tensor  # int32: the bits that are left of a score: all, or none
-    added: Tensor  # float32: 0 or -inf
-
-    def of(self, tiles: slice, cells: slice) -> Mask:
-        """Of these alone."""
-        return Mask(self.kept[tiles, ..., cells], self.added[tiles, ..., cells])
+    cells: slice
+    kept: Tensor | None = None  # int32: the bits that are left of a score: all, or none
+    added: Tensor | None = None  # float32: 0 or -inf
 
     def apply(self, scores: Tensor) -> None:
-        """To [tiles, heads, positions, rows of each, length] or the end of it, in place."""
-        hidden = slice(scores.shape[-1] - self.kept.shape[-1], None)
-        scores[..., hidden].view(torch.int32).bitwise_and_(self.kept.unsqueeze(3))
-        scores[..., hidden].add_(self.added.unsqueeze(3))
+        """To [tiles, heads, positions, rows of each, length], in place."""
+        hidden = scores[..., self.cells]
+        if self.kept is None or self.added is None:
+            hidden.fill_(-torch.inf)
+            return
+        hidden.view(torch.int32).bitwise_and_(self.kept.unsqueeze(3))
+        hidden.add_(self.added.unsqueeze(3))
 
 
 @dataclass
@@ -68,7 +70,7 @@ class Tiles:
     firsts: list[int]  # position of each tile's first query
     ends: list[int]  # position after its last one
     cell_rows: dict[int, Tensor] = field(default_factory=dict)
-    masks: dict[int | None, Mask] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int, int], list[Band]] = field(default_factory=dict)
 
     def rows(self, heads: int, rows_per_block: int) -> Tensor:
         """Rows of a layer's cache that hold the context of every (tile, head), in that order."""
@@ -80,16 +82,35 @@ class Tiles:
             self.cell_rows[heads] = torch.from_numpy(rows.reshape(-1)).to(self.tokens.device)
         return self.cell_rows[heads]
 
-    def mask(self, window: int | None) -> Mask:
-        """Where each query may not look."""
-        if window not in self.masks:
-            cells = torch.arange(self.length, device=self.where.device)
-            hidden = (cells > self.where.unsqueeze(-1)).unsqueeze(1)
+    def mask(self, window: int | None, first: int, end: int) -> list[Band]:
+        """Where these tiles' queries may not look, of the cells that they see; what all may look at has no band.
+
+        In any thread. So it takes the square of a tile's tokens, however long the context is.
+        """
+        key = window, first, end
+        if key not in self.masks:
+            earliest, latest = min(self.firsts[first:end]), max(self.ends[first:end]) - 1
+            bands = [self._band(window, first, end, earliest + 1, latest + 1)]
+            if latest + 1 < self.seen(first, end):
+                bands.append(Band(slice(latest + 1, self.seen(first, end))))
             if window is not None:
-                hidden |= (cells <= self.where.unsqueeze(-1) - window).unsqueeze(1)
-            added = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            self.masks[window] = Mask(hidden.int() - 1, added)
-        return self.masks[window]
+                bands.append(Band(slice(0, max(0, earliest - window + 1))))
+                bands.append(self._band(window, first, end, earliest - window + 1, min(earliest, latest - window) + 1))
+            self.masks[key] = [band for band in bands if band.cells.start < band.cells.stop]
+        return self.masks[key]
+
+    def _band(self, window: int | None, first: int, end: int, start: int, stop: int) -> Band:
+        """Of the cells from `start` to `stop`, of which some may be before the first."""
+        span = slice(max(0, start), max(0, stop))
+        if span.start >= span.stop:
+            return Band(span)
+        where = self.where[first:end].unsqueeze(-1)
+        cells = torch.arange(span.start, span.stop, device=where.device)
+        hidden = (cells > where).unsqueeze(1)
+        if window is not None:
+            hidden |= (cells <= where - window).unsqueeze(1)
+        added = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        return Band(span, hidden.int() - 1, added)
 
     def seen(self, first: int, end: int) -> int:
         """How many cells these tiles have to look at: one of few lengths."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from membership.base.enums import Exactness
-from membership.base.errors import ModelError
+from membership.base.errors import ModelError, RequestError
 from workers.model.attention_plan import StepPlan, plan_step
 from workers.model.backend import AttentionSpec, KVCache, Reached
 from workers.model.calibrations import Calibrations
@@ -168,7 +168,12 @@ class ModelRunner:
         results = []
         for chunk, last in zip(chunks, plan.last, strict=True):
             drawn = next(chosen) if chunk.sample is not None else Drawn(NO_TOKEN)
-            scores = self._scores(hidden, last + 1 - len(chunk.tokens), chunk.score) if chunk.score is not None else []
+            scores: list[TokenLogprobs] = []
+            try:
+                if chunk.score is not None and not drawn.error:
+                    scores = self._scores(hidden, last + 1 - len(chunk.tokens), chunk.score)
+            except RequestError as error:  # of this request alone
+                drawn = Drawn(NO_TOKEN, error=str(error))
             if chunk.sample is not None or chunk.score is not None:
                 results.append(SampledToken(chunk.seq, drawn.token, drawn.logprobs, scores, drawn.error))
         return results

@@ -23,6 +23,7 @@ from workers.protocol.messages import NO_TOKEN, History, Sampling, Score, TokenL
 GREEDY_BELOW = 1e-5  # a temperature that leaves nothing to chance, and by which no logit can be divided safely
 
 NO_NUMBERS = "the model's logits for this request are no numbers: what it is made of overflows somewhere"
+LEAST_LOGPROB = -9999.0  # of a token that cannot come: JSON has no infinity, and vLLM says this, too
 TOGETHER = 1 << 15
 """Logits of rows whose probabilities are computed together."""
 _TINY = np.finfo(np.float64).tiny  # less is no chance: what is barred
@@ -96,18 +97,28 @@ def logprobs_of(logits: Row, tokens: Sequence[int], wanted: Sequence[int]) -> It
     as_likely = logs >= chosen[:, None]
     for row, mine, places, count in zip(logs, chosen.tolist(), as_likely, wanted, strict=True):
         rank = int(np.count_nonzero(places))  # row by row: with an axis it converts them all first
-        yield TokenLogprobs(mine, _best(row, min(count, row.size)) if count > 0 else [], rank)
+        yield TokenLogprobs(_sayable(mine), _best(row, min(count, row.size)) if count > 0 else [], rank)
 
 
 def _best(logs: Row, count: int) -> list[tuple[int, float]]:
     best = np.argpartition(-logs, count - 1)[:count]
     best = best[np.lexsort((best, -logs[best]))]
-    return [(int(token), float(logs[token])) for token in best]
+    return [(int(token), _sayable(float(logs[token]))) for token in best]
+
+
+def _sayable(log: float) -> float:
+    """As a number that JSON has; what is no number stays none."""
+    return LEAST_LOGPROB if log == -math.inf else log
 
 
 def scores_of(logits: Tensor, score: Score) -> Iterator[TokenLogprobs]:
-    """The log probabilities of the targets, of which each row of `logits` [S, V] has one."""
+    """The log probabilities of the targets, of which each row of `logits` [S, V] has one.
+
+    RequestError if a row has none, as where such a row should give a token.
+    """
     for part, rows in _on_host(logits, range(len(score.targets))):
+        if not np.isfinite(rows.max(axis=-1)).all():
+            raise RequestError(NO_NUMBERS)
         yield from logprobs_of(rows, [score.targets[at] for at in part], [score.top] * len(part))
 
 

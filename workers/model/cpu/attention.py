@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from membership.base.errors import ModelError
-from workers.model.attention_plan import Mask, StepPlan, Tiles
+from workers.model.attention_plan import Band, StepPlan, Tiles
 from workers.model.cpu.compute_threads import ComputeThreads
 from workers.model.cpu.kv_cache import Context, CpuKVCache, LayerCache, storable
 
@@ -101,15 +101,12 @@ class CpuAttention:
         short = self.min_rows - positions * group
         if short > 0:
             picked = functional.pad(picked, (0, 0, 0, short))
-        mask = tiles.mask(window)
 
         def attend(part: range) -> Tensor:
             own, first, end = slice(part.start, part.stop), part.start // heads, (part.stop - 1) // heads + 1
-            seen = slice(0, tiles.seen(first, end))
-            always = min(tiles.firsts[first:end]) + 1 if window is None else 0  # that many cells all of them see
-            some = mask.of(slice(first, end), slice(min(always, seen.stop), seen.stop))
-            keys, values = context(own, seen.stop)
-            return mix(_probs(picked[own], keys, some, scaling, group), values)
+            keys, values = context(own, tiles.seen(first, end))
+            view = end - first, -1, positions, group, keys.shape[1]
+            return mix(_probs(picked[own], keys, tiles.mask(window, first, end), scaling, view), values)
 
         numbers = picked.shape[1] * tiles.length
         work = 2 * numbers * width  # of each; values are about as wide as keys
@@ -140,11 +137,16 @@ def parts(tiles: int, heads: int, numbers: int, threads: int = 1) -> list[range]
     return [range(a + b, a + min(b + size, within)) for a in starts for b in range(0, within, size)]
 
 
-def _probs(queries: Tensor, keys: Tensor, mask: Mask, scaling: float, group: int) -> Tensor:
-    """Attention weights [(tile, head), rows, length]; rows beyond positions * group mean nothing."""
+def _probs(
+    queries: Tensor, keys: Tensor, mask: list[Band], scaling: float, view: tuple[int, int, int, int, int]
+) -> Tensor:
+    """Attention weights [(tile, head), rows, length]; `view`: tiles, heads, positions, group and length. Rows beyond
+    positions * group mean nothing.
+    """
     scores = torch.bmm(queries * scaling, keys.transpose(1, 2))
-    tiles, _, positions, _ = mask.kept.shape
-    mask.apply(scores[:, : positions * group].view(tiles, -1, positions, group, keys.shape[1]))
+    real = scores[:, : view[2] * view[3]].view(view)
+    for band in mask:
+        band.apply(real)
     return torch.softmax(scores, dim=-1)
 
 

@@ -103,6 +103,15 @@ def test_a_request_of_no_numbers_is_alone_with_them(checkpoint: tuple[Path, str]
         assert bits([0, 1], [*work[2][:20], bad, *work[2][21:]]) == right
         (refused,) = runner.run([SeqChunk(0, 0, [1, bad], [0], Sampling(temperature=1.0))])
         assert (refused.token, refused.error) == (NO_TOKEN, NO_NUMBERS)
+        scored = [
+            SeqChunk(seq, 0, tokens, [seq], score=Score([4, 5], 2)) for seq, tokens in enumerate(([1, bad], [1, 2]))
+        ]
+        refused, right = runner.run(scored)
+        assert (refused.scores, refused.error) == ([], NO_NUMBERS), (
+            "a prompt that is scored, without a token of its own"
+        )
+        assert len(right.scores) == 2
+        assert not right.error
     finally:
         runner.close()
 

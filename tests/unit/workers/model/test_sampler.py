@@ -12,8 +12,18 @@ from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from workers.model.sampler import GREEDY_BELOW, NO_NUMBERS, choose, logprobs_of, sample, uniform
-from workers.protocol.messages import NO_TOKEN, Sampling, Shaping
+from membership.base.errors import RequestError
+from workers.model.sampler import (
+    GREEDY_BELOW,
+    LEAST_LOGPROB,
+    NO_NUMBERS,
+    choose,
+    logprobs_of,
+    sample,
+    scores_of,
+    uniform,
+)
+from workers.protocol.messages import NO_TOKEN, Sampling, Score, Shaping
 
 pytestmark = pytest.mark.unit
 
@@ -181,6 +191,26 @@ def test_logits_that_are_no_numbers_are_an_error_of_their_request_alone(wrong: l
     found = sample(logits, others, [9] * 3)
     assert (found[0], found[2]) == (right[0], right[2])
     assert (found[1].token, found[1].error) == (NO_TOKEN, NO_NUMBERS)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_prompt_that_is_scored_has_numbers_or_an_error(wrong: float) -> None:
+    """NaN is no JSON, and no log probability."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(5))
+    logits[1, 7] = wrong
+    with pytest.raises(RequestError, match=NO_NUMBERS):
+        list(scores_of(logits, Score([1, 2, 3], 2)))
+
+
+def test_what_cannot_come_has_a_log_probability_that_json_has() -> None:
+    """The same number as vLLM's, among the likeliest tokens and of a prompt's."""
+    logits = torch.tensor([[0.0, -math.inf, -math.inf]])
+    best = [(0, 0.0), (1, LEAST_LOGPROB), (2, LEAST_LOGPROB)]
+    (found,) = sample(logits, [Sampling(logprobs=3)], [0])
+    assert found.logprobs is not None
+    assert found.logprobs.top == best
+    (scored,) = scores_of(logits, Score([1], 3))
+    assert (scored.logprob, scored.top) == (LEAST_LOGPROB, best)
 
 
 def test_barred_logits_leave_the_others() -> None:
