@@ -117,7 +117,9 @@ def made_hosts(*hosts: str) -> Iterator[Hosts]:
                 _run("ip", "netns", "add", name)
                 undo.callback(_run, "ip", "netns", "del", name)
                 _run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
-                undo.callback(_run, "ip", "link", "del", cable)  # a namespace ends with its last process, some time later
+                undo.callback(
+                    _run, "ip", "link", "del", cable
+                )  # a namespace ends with its last process, some time later
                 _run("ip", "link", "set", cable, "master", bridge, "up")
                 _run("ip", "-n", name, "addr", "add", f"{addresses[host]}/24", "dev", "eth0")
                 _run("ip", "-n", name, "link", "set", "eth0", "up")

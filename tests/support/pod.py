@@ -163,7 +163,7 @@ class Pod:
         return self._process is not None and self._process.poll() is not None
 
     def close(self) -> None:
-        """Kill it: all of a PID namespace ends with its first process, and `unshare` with that. It may end by itself."""
+        """Kill it: all of a PID namespace ends with its first process, then `unshare`. It may end by itself."""
         if self._process is not None:
             eventually(self._killed, 30.0, f"{self.name} to end")
 
