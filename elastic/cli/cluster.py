@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -83,11 +85,22 @@ def events(
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Show the cluster's event history."""
-    with connection.client() as client, interruptible() as stop:
+    with interruptible() as stop, ExitStack() as opened:
+        found = _history(connection, follow, stop, opened)
         from elastic.cli.render import event_line
 
-        for event in client.events(follow, stop):
+        for event in found:
             show(event, event_line(event), output)
+
+
+def _history(connection: Connection, follow: bool, stop: threading.Event, opened: ExitStack) -> Iterator[Event]:
+    """From the file itself where it is here: also of a cluster that is not being served any more."""
+    file = connection.history()
+    if file is None:
+        return opened.enter_context(connection.client()).events(follow, stop)
+    from membership.base.events import EventLog
+
+    return EventLog.follow(file, stop) if follow else iter(EventLog.read(file))
 
 
 @command

@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -27,6 +28,13 @@ from membership.base.errors import ElasticError
 def urls(text: str) -> tuple[str, ...]:
     """A comma-separated list; nothing given is an empty one."""
     return tuple(text.split(",")) if text else ()
+
+
+def path(text: str) -> Path:
+    """A path. One without a name is refused: it would be the current directory, as after an unset variable."""
+    if not text:
+        raise typer.BadParameter("it is empty; for the current directory, write .")
+    return Path(text)
 
 
 PARSERS: dict[Kind, Callable[[str], Any]] = {Kind.DURATION: seconds, Kind.SIZE: size, Kind.URLS: urls}
@@ -95,6 +103,8 @@ def _parameter(stated: Stated, panel: str | None) -> inspect.Parameter:
     settings["rich_help_panel"] = panel
     if stated.kind is not None:
         settings["parser"] = PARSERS[stated.kind]
+    elif stated.type in (Path, Path | None):
+        settings.update(parser=path, metavar="PATH")
     flags = [f"{stated.flags[0]}/{option.off}"] if option.off else stated.flags
     info = typer.Argument(**settings) if option.argument else typer.Option(*flags, **settings)
     default = inspect.Parameter.empty if stated.required else as_text(stated.kind, stated.default)

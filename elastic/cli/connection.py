@@ -92,6 +92,16 @@ class Connection(AdminConnection, StoreOptions):
                 f"cluster {served!r} is served {where}, not {self.cluster!r}", hint="leave out --cluster, or correct it"
             )
 
+    def history(self) -> Path | None:
+        """The file of the event history, if that of the cluster is on this machine: it outlives the cluster.
+
+        ConfigError: no cluster was named or served.
+        """
+        if self.admin or self.etcd:
+            return None
+        file = self.state().events
+        return file if file.exists() else None
+
     def client(self) -> AbstractContextManager[Client]:
         """A client of the cluster: the admin port if it was named, else the store. Raises ConfigError."""
         if self.admin:

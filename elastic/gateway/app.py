@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,11 +36,12 @@ from elastic.gateway.server import Server
 from elastic.gateway.tokenizer import Tokenizer
 from elastic.serve.listening import ADMIN_CONNECTIONS, Listeners, is_loopback, listening, most_connections, urls_of
 from elastic.serve.options import ApiOptions
+from elastic.serve.origins import origins_of
 from elastic.serve.state_dir import MODEL_FILES, StateDir
 from elastic.serve.tls import certificates_of
 from membership.base import descriptors
 from membership.base.enums import GenerationConfig
-from membership.base.errors import ConfigError, ElasticError, RequestError
+from membership.base.errors import ElasticError, RequestError
 from membership.base.events import EventLog
 from membership.base.network import Network
 from membership.base.timing import STOP_GRACE_S
@@ -207,29 +208,17 @@ def public_app(service: openai.Service, readiness: health.Readiness) -> FastAPI:
 
 def for_browsers(app: ASGIApp, api: ApiOptions) -> ASGIApp:
     """The application as pages of other origins may use it, if they may (CORS)."""
-    if not api.allowed_origins:
+    allowed = origins_of(api)
+    if not allowed.origins:
         return app
-    origins, methods, headers = map(_listed, (api.allowed_origins, api.allowed_methods, api.allowed_headers))
     return CORSMiddleware(
         app,
-        allow_origins=origins,
-        allow_methods=methods or ["*"],
-        allow_headers=headers or ["*"],
+        allow_origins=allowed.origins,
+        allow_methods=allowed.methods or ["*"],
+        allow_headers=allowed.headers or ["*"],
         allow_credentials=api.allow_credentials,
         expose_headers=["X-Request-Id", "Retry-After"],
     )
-
-
-def _listed(given: Sequence[str]) -> list[str]:
-    """What was given one by one, or as vLLM takes it: one list in JSON."""
-    try:
-        return [
-            name for each in given for name in (msgspec.json.decode(each, type=list[str]) if "[" in each else [each])
-        ]
-    except msgspec.MsgspecError as error:
-        raise ConfigError(
-            f"{' '.join(given)} is no list of strings: {error}", hint='write ["A", "B"], or repeat the flag'
-        ) from error
 
 
 async def _serve(gateway: Gateway, stop: threading.Event) -> None:

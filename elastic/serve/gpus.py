@@ -114,11 +114,18 @@ def unlinked(gpus: Gpus) -> list[tuple[int, int]]:
     return [(a, b) for a, b in pairs if not {(a, b), (b, a)} <= gpus.peers]
 
 
-def usable(version_of: Callable[[str], str] = version, found: Callable[[str], object] = find_spec) -> str:
-    """Why ranks could not let rows travel between GPUs with the packages that are installed; empty: they could."""
+def cpu_torch(version_of: Callable[[str], str] = version) -> str:
+    """Why no rank could compute on a GPU with the torch that is installed; empty: it may."""
     with suppress(PackageNotFoundError):
         if "+cpu" in (torch := version_of("torch")):
             return f"torch {torch} computes on CPUs alone"
+    return ""
+
+
+def usable(version_of: Callable[[str], str] = version, found: Callable[[str], object] = find_spec) -> str:
+    """Why ranks could not let rows travel between GPUs with the packages that are installed; empty: they could."""
+    if reason := cpu_torch(version_of):
+        return reason
     for module in MODULES:
         try:
             missing = found(module) is None

@@ -484,7 +484,9 @@ class ConfigOptions:
         "Max time a request waits for lost experts, while no rank that may bring them starts, before it gets a 503.",
     )
     launch_deadline_s: float = option(
-        DEFAULTS["launch_deadline_s"], "Max time for a rank to start and to link with the others; a load has none."
+        DEFAULTS["launch_deadline_s"],
+        "Max time for a rank to start and to link with the others; a load has none.",
+        minimum=1,
     )
     load_stall_s: float = option(
         DEFAULTS["load_stall_s"], "Give up the load of a rank once no byte has come for this long.", minimum=1
@@ -498,7 +500,9 @@ class ConfigOptions:
 class SupervisorOptions:
     """How `elastic serve` starts its roles, and watches over them."""
 
-    ready_timeout_s: float = option(180.0, "Exit if not ready, and no rank loads any further, within this time.")
+    ready_timeout_s: float = option(
+        180.0, "Exit if not ready, and no rank loads any further, within this time.", minimum=1
+    )
     only_on: str = option("", "Refuse to start on a node of another name (a StatefulSet's other pods).")
     log_stdout: bool = option(False, "Also write the logs of all roles to stdout, as JSON lines that name the role.")
     chaos: bool = option(False, "For tests only: allow faults to be armed at run time, by file or admin API.")

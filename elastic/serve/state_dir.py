@@ -3,8 +3,8 @@
 It is private: owned by us, mode 0700. A directory that is not ours to make so, such as a volume of Kubernetes (root's,
 and all users of the pod may write to it) or /tmp, is not touched: then we have a private one of our own in it.
 
-`cluster.json` (mode 0600: it holds the admin token) is how client commands find a running cluster; `last` beside the
-default directories points at the one served last.
+`cluster.json` (mode 0600: it holds the admin token) is how client commands find a running cluster; `.last` beside
+the default directories points at the one served last.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 MODEL_FILES = "model-files"
+LAST = ".last"  # no cluster has such a name: checkpoints are called `last`
 HINT = "choose another --state-dir, one that you may write to; its mode becomes 0700"
 log = structlog.get_logger(__name__)
 
@@ -115,7 +116,7 @@ class StateDir:
     @classmethod
     def last_served(cls) -> StateDir:
         """The directory of the cluster served last on this machine; ConfigError if there was none."""
-        pointer = home() / "last"
+        pointer = home() / LAST
         try:
             return cls(Path(os.fsdecode(pointer.read_bytes())))
         except (FileNotFoundError, NotADirectoryError):
@@ -197,7 +198,7 @@ class StateDir:
         draft.replace(target)
         try:
             home().mkdir(parents=True, exist_ok=True)
-            (home() / "last").write_bytes(os.fsencode(self.path.resolve()))
+            (home() / LAST).write_bytes(os.fsencode(self.path.resolve()))
         except (ConfigError, OSError) as error:  # a convenience: commands find the cluster by --state-dir
             log.warning("last_served_not_noted", error=str(error), hint=f"name it: --state-dir {self.path}")
 

@@ -26,10 +26,12 @@ from elastic.serve import chaos_mode, join_secret
 from elastic.serve.api_keys import all_keys
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.etcd_server import EtcdServer
+from elastic.serve.gpus import cpu_torch
 from elastic.serve.listening import Listeners, listening, most_connections, urls_of
 from elastic.serve.load_bar import LoadBar, RankLoad
 from elastic.serve.log_stream import LogStream
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions
+from elastic.serve.origins import origins_of
 from elastic.serve.predecessor import Predecessor
 from elastic.serve.role_fork import WaitingProcess
 from elastic.serve.role_main import STORE_SEEN, Stop, StopSignal, reach_store
@@ -43,6 +45,7 @@ from elastic.serve.tokens import admin_token, read_admin_token
 from elastic.serve.trace_export import require_no_sdk
 from membership.base import descriptors, rotation
 from membership.base.attempts import Attempts
+from membership.base.enums import Device
 from membership.base.errors import ConfigError, ElasticError, StoreError, StoreReplaced, WaitTimeout
 from membership.base.events import EventLog, Tail
 from membership.base.failpoints import HISTORY_ENV
@@ -98,6 +101,8 @@ class Supervisor:
         """`stop`: ends the wait for etcd; once asked to hurry, what is being stopped is given less time."""
         self._stamps = stamp_files(options.model)
         self.config = cluster_config(options)
+        if options.device is Device.CUDA and (reason := cpu_torch()):
+            raise ConfigError(f"--device cuda: {reason}", hint="install a build of torch for GPUs, or use --device cpu")
         if not options.etcd and options.credentials() != NO_CREDENTIALS:
             hint = "name that etcd with --etcd, or leave out --etcd-ca, --etcd-cert, --etcd-key and --etcd-user"
             raise ConfigError("there are credentials for an etcd, but no --etcd", hint=hint)
@@ -108,6 +113,7 @@ class Supervisor:
             read_admin_token(options.admin_token_file)
         all_keys(options.api_key, options.api_key_file)  # what a gateway would refuse is refused now
         certificates_of(options)
+        origins_of(options)
         self._certificate = str(options.ssl_certfile.absolute()) if options.ssl_certfile else ""
         self.options = options
         self.ranks = options.ranks or DEFAULT_RANKS

@@ -75,14 +75,14 @@ def pinned(certificate: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    _load(lambda: context.load_verify_locations(certificate), certificate)
+    _load(lambda: context.load_verify_locations(certificate), "--ssl-certfile", certificate)
     return context
 
 
 def trusting(authority: Path) -> ssl.SSLContext:
     """For clients that trust this authority and no other one. ConfigError: its file cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    _load(lambda: context.load_verify_locations(authority), str(authority))
+    _load(lambda: context.load_verify_locations(authority), "--cacert", authority)
     return context
 
 
@@ -100,20 +100,19 @@ def _context(api: ApiOptions) -> ssl.SSLContext:
     context.set_alpn_protocols(["http/1.1"])
     certificate, key, authorities = api.ssl_certfile, api.ssl_keyfile, api.ssl_ca_certs
     if certificate is not None:
-        _load(lambda: context.load_cert_chain(certificate, key), f"{certificate} and {key or certificate}")
+        _load(lambda: context.load_cert_chain(certificate, key), "--ssl-certfile", certificate, key)
     if authorities is not None:
-        _load(lambda: context.load_verify_locations(authorities), str(authorities))
+        _load(lambda: context.load_verify_locations(authorities), "--ssl-ca-certs", authorities)
         # A client without a certificate gets an answer to what probes ask: see Access.
         context.verify_mode = ssl.CERT_OPTIONAL if api.ssl_cert_reqs else ssl.CERT_NONE
     return context
 
 
-def _load(load: Callable[[], None], files: str) -> None:
+def _load(load: Callable[[], None], flag: str, *given: str | Path | None) -> None:
+    files = " and ".join(str(file) for file in given if file is not None)
     try:
         load()
     except ssl.SSLError as error:
         raise ConfigError(f"{files}: {error.reason or error}", hint="give PEM files that go together") from error
     except OSError as error:
-        raise ConfigError(
-            f"{files} cannot be read: {error.strerror}", hint="check --ssl-certfile and its like"
-        ) from error
+        raise ConfigError(f"{files} cannot be read: {error.strerror}", hint=f"check {flag}") from error

@@ -56,10 +56,12 @@ def _segment(name: str, what: str) -> str:
 
 
 class Keys:
-    """The keys of one cluster. ConfigError: a name in it is empty or has a '/'."""
+    """The keys of one cluster. ConfigError: a name in it is empty or has a '/', or the cluster's begins with a '.'."""
 
     def __init__(self, cluster: str) -> None:
         self.cluster = cluster
+        if cluster.startswith("."):  # it names a directory, too: `.` would be that of all clusters
+            raise ConfigError(f"cluster name {cluster!r} begins with a '.'", hint="name it with --cluster")
         self.prefix = prefix = f"{ROOT}{_segment(cluster, 'cluster name')}/"
         self.config = prefix + "config"
         self.checkpoint = prefix + "checkpoint"

@@ -16,7 +16,7 @@ from typing import Any
 from membership.base.errors import ModelError
 from workers.model.config_keys import complete, refusals
 from workers.model.rope_keys import longest_as_trained
-from workers.model.text_files import end_token_of_tokenizer, read_json
+from workers.model.text_files import DAMAGED_HINT, end_token_of_tokenizer, read_json
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -29,6 +29,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 256 << 20
 MAX_POSITIONS = 1 << 62
+MAX_LAYERS = 10_000  # lists are as long; the deepest models have some hundred
 MOST_NAMED = 3  # faults of one kind in one message
 
 
@@ -112,6 +113,9 @@ def read_model_info(path: str | Path, *, weights: bool = True) -> ModelInfo:
     family = _family(config)
     _check_keys(root, family, config)
     layers = _count(config, "num_hidden_layers")
+    if layers > MAX_LAYERS:
+        said = f"{root / 'config.json'}: num_hidden_layers is {layers}, more than {MAX_LAYERS}"
+        raise ModelError(said, hint=DAMAGED_HINT)
     moe_layer_ids = FAMILIES[family](config, layers)
     if not moe_layer_ids:
         raise ModelError(f"{root}: no layer of this {family} model has experts", hint="only MoE models can be served")

@@ -9,13 +9,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from elastic.cli.client import AdminClient
 from elastic.cli.connection import Connection, require_embedded
 from elastic.cli.hosts import examine_hosts
+from elastic.cli.main import app
 from elastic.serve.options import StoreOptions
-from elastic.serve.state_dir import ClusterAddress, StateDir
+from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from membership.base.errors import ConfigError, StoreUnavailable
+from membership.base.events import EventLog
 
 pytestmark = pytest.mark.unit
 
@@ -43,6 +46,28 @@ def test_a_named_cluster_is_found_or_none_is(served: dict[str, Path]) -> None:
         with pytest.raises(ConfigError, match=f"no cluster named '{unknown}' is being served") as refused:
             Connection(cluster=unknown).client()
         assert "--state-dir" in refused.value.hint
+
+
+def test_a_cluster_called_last_is_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As checkpoints are. The pointer to the cluster served last had the name of its directory."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    state = StateDir(home() / "last")
+    state.claim()
+    state.publish(ClusterAddress(cluster="last"))
+    assert Connection().state().path == state.path
+    assert Connection(cluster="last").state().path == state.path
+    state.release()
+
+
+def test_the_history_of_a_cluster_that_was_killed_is_read_from_its_file(served: dict[str, Path]) -> None:
+    """It was refused: nothing listens at the socket of its store."""
+    address = ClusterAddress(cluster="one", etcd=(f"unix://{served['one']}/etcd.sock:0",))
+    StateDir(served["one"]).publish(address)
+    EventLog(StateDir(served["one"]).events, "supervisor").emit("stopped_for_a_test")
+    done = CliRunner().invoke(app, ["events", "--cluster", "one"])
+    assert (done.exit_code, "stopped_for_a_test" in done.stdout) == (0, True), done.output
+    assert Connection(cluster="last", state_dir=served["last"]).history() is None, "nothing is written yet"
+    assert Connection(admin="http://127.0.0.1:1").history() is None
 
 
 def test_doctor_finds_the_named_one_too(served: dict[str, Path]) -> None:

@@ -112,3 +112,22 @@ def test_times_that_nothing_can_be_done_in(command: list[str], flag: str) -> Non
         done = CliRunner().invoke(app, [*command, flag, value, "--admin", "http://127.0.0.1:1"])
         assert (done.exit_code, done.stderr.count("\n")) == (1, 1), done.output
         assert done.stderr.startswith(f"error: {flag} ")
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [(["serve", "m"], "--state-dir"), (["serve", "m"], "--api-key-file"), (["agent"], "--join-secret-file"),
+     (["status"], "--state-dir"), (["status"], "--cacert"), (["doctor", "m"], "--etcd-ca")],
+)  # fmt: skip
+def test_an_empty_path_is_not_the_current_directory(command: list[str], flag: str) -> None:
+    """As after `--state-dir "$UNSET"`: the current directory became a state directory, and its mode 0700."""
+    done = CliRunner().invoke(app, [*command, flag, ""])
+    assert done.exit_code == 2, done.output
+    assert "it is empty" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--launch-deadline", "--ready-timeout"])
+def test_nothing_starts_within_no_time(flag: str) -> None:
+    stated = next(each for each in options_of(ServeOptions) if flag in each.flags)
+    with pytest.raises(ConfigError, match=f"{flag} 0.0: it must be from 1 to"):
+        stated.checked(0.0)

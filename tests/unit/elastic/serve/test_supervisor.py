@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from elastic.cli.command import command
 from elastic.demo.model import shipped_demo_model
+from elastic.serve import gpus
+from elastic.serve import supervisor as supervisor_module
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.options import ApiOptions, GatewayOptions, ServeOptions
 from elastic.serve.roles import Roles
@@ -56,6 +58,35 @@ def test_settings_that_cannot_be_served(settings: dict[str, object], says: str) 
 def test_a_port_that_cannot_be(port: int, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Supervisor(replace(OPTIONS, port=port))
+
+
+@pytest.mark.parametrize("name", [".", "..", ".last"])
+def test_a_cluster_whose_state_would_be_that_of_all_clusters(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"begins with a '\.'"):
+        Supervisor(replace(OPTIONS, cluster=name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"allowed_origins": ("[bad",)}, "--allowed-origins '.bad' is no list of strings"),
+        ({"allowed_origins": ("*",), "allowed_methods": ('["GET", 1]',)}, "--allowed-methods"),
+        ({"allowed_origins": ("*",), "allowed_headers": ("[",)}, "--allowed-headers"),
+        ({"allowed_headers": ("[",)}, "--allowed-headers"),
+    ],
+)
+def test_what_each_gateway_would_refuse_is_refused_at_once(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Supervisor(replace(OPTIONS, **settings))
+
+
+def test_no_rank_computes_on_a_gpu_with_a_torch_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank had refused it, until the start was given up."""
+    monkeypatch.setattr(supervisor_module, "cpu_torch", lambda: gpus.cpu_torch(lambda _: "2.13.0+cpu"))
+    with pytest.raises(ConfigError, match=r"--device cuda: torch 2\.13\.0\+cpu computes on CPUs alone"):
+        Supervisor(replace(OPTIONS, device=Device.CUDA))
+    monkeypatch.setattr(supervisor_module, "cpu_torch", lambda: gpus.cpu_torch(lambda _: "2.13.0+cu130"))
+    assert Supervisor(replace(OPTIONS, device=Device.CUDA)).config.device == Device.CUDA
 
 
 def test_a_second_pod_of_a_stateful_set_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,8 @@ def test_no_flag_means_no_tls() -> None:
         (ApiOptions(ssl_ca_certs=SOME), "--ssl-ca-certs needs --ssl-certfile"),
         (ApiOptions(ssl_cert_reqs=1), "--ssl-cert-reqs needs --ssl-certfile"),
         (ApiOptions(ssl_certfile=SOME, ssl_cert_reqs=2), "--ssl-cert-reqs needs --ssl-ca-certs"),
-        (ApiOptions(ssl_certfile=SOME), r"some\.pem and some\.pem cannot be read"),
+        (ApiOptions(ssl_certfile=SOME), r"^some\.pem cannot be read"),
+        (ApiOptions(ssl_certfile=SOME, ssl_keyfile=Path("key.pem")), r"some\.pem and key\.pem cannot be read"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -45,6 +46,13 @@ def test_files_that_are_no_certificates_are_refused(tmp_path: Path) -> None:
         certificates_of(ApiOptions(ssl_certfile=damaged))
     with pytest.raises(ConfigError, match="damaged"):
         trusting(damaged)
+
+
+def test_a_client_is_told_which_flag_names_a_file_that_is_missing(tmp_path: Path) -> None:
+    """It was --ssl-certfile, which no client command has."""
+    with pytest.raises(ConfigError, match="cannot be read") as refused:
+        trusting(tmp_path / "missing.pem")
+    assert refused.value.hint == "check --cacert"
 
 
 @pytest.mark.parametrize(
