@@ -55,9 +55,9 @@ def _mix(x: int) -> int:
 
 def log_softmax(logits: Row) -> Row:
     """Natural-log probabilities of each row of [..., V]; a row's are those that it has alone."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: Row = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
+    shifted: Row = logits - logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
 
 
 def is_greedy(sampling: Sampling) -> bool:
@@ -133,21 +133,26 @@ def sample(
 
     `histories`: the tokens before it, of the rows whose logits are shaped.
     """
-    drawn = _likeliest(logits)
     histories = histories or [None] * len(settings)
-    looked_at = [row for row, each in enumerate(settings) if not drawn[row].error and not _is_plain(each)]
-    for part, rows in _on_host(logits, looked_at):
+    drawn = [Drawn(NO_TOKEN)] * len(settings)
+    plain = [row for row, each in enumerate(settings) if _is_plain(each)]
+    for row, each in zip(plain, _likeliest(logits, plain), strict=True):
+        drawn[row] = each
+    for part, rows in _on_host(logits, [row for row, each in enumerate(settings) if not _is_plain(each)]):
         asked = [(settings[row], positions[row], histories[row]) for row in part]
         for row, each in zip(part, _drawn(rows, asked, grammars), strict=True):
             drawn[row] = each
     return drawn
 
 
-def _likeliest(logits: Tensor) -> list[Drawn]:
-    """Each row's likeliest token, or an error of that row alone: the largest of logits with no number among them is
+def _likeliest(logits: Tensor, rows: Sequence[int]) -> list[Drawn]:
+    """These rows' likeliest tokens, or an error of that row alone: the largest of logits with no number among them is
     none."""
-    tokens = logits.argmax(dim=-1, keepdim=True)
-    found = torch.cat((tokens.double(), logits.gather(1, tokens).double()), 1).tolist()  # in one copy, see `_on_host`
+    if not rows:
+        return []
+    picked = _picked(logits, rows)
+    tokens = picked.argmax(dim=-1, keepdim=True)
+    found = torch.cat((tokens.double(), picked.gather(1, tokens).double()), 1).tolist()  # in one copy, see `_on_host`
     return [Drawn(int(t)) if math.isfinite(best) else Drawn(NO_TOKEN, error=NO_NUMBERS) for t, best in found]
 
 
@@ -155,9 +160,13 @@ def _drawn(
     logits: Row, asked: Sequence[tuple[Sampling, int, History | None]], grammars: Grammars | None
 ) -> list[Drawn]:
     """A token per row [S, V], and its log probabilities where they are wanted."""
-    likeliest = logits.argmax(axis=1).tolist()
+    best = logits.argmax(axis=1)
+    likeliest, numbers = best.tolist(), np.isfinite(logits[np.arange(len(logits)), best]).tolist()
     drawn: list[Drawn] = []
     for at, (sampling, position, history) in enumerate(asked):
+        if not numbers[at]:
+            drawn.append(Drawn(NO_TOKEN, error=NO_NUMBERS))
+            continue
         if sampling.shaping is None and is_greedy(sampling):
             drawn.append(Drawn(likeliest[at]))
             continue
@@ -182,12 +191,15 @@ def _is_plain(sampling: Sampling) -> bool:
     return is_greedy(sampling) and sampling.logprobs < 0 and sampling.shaping is None
 
 
+def _picked(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    return logits if len(rows) == len(logits) else logits[list(rows)]
+
+
 def _on_host(logits: Tensor, rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Row]]:
     """These rows, in one copy, as on a device each copy is a wait; then as many at a time as the caches hold."""
     if not rows:
         return
-    picked = logits if len(rows) == len(logits) else logits[list(rows)]
-    values, at_once = picked.double().cpu().numpy(), max(1, TOGETHER // logits.shape[1])
+    values, at_once = _picked(logits, rows).double().cpu().numpy(), max(1, TOGETHER // logits.shape[1])
     for first in range(0, len(rows), at_once):
         yield rows[first : first + at_once], values[first : first + at_once]
 

@@ -2,6 +2,9 @@
 
 A step is idempotent: positions, KV blocks and the sampler's counter are set by the scheduler, so running the same
 chunk again writes the same cells and yields the same token.
+
+`gc=False`: what only holds numbers, bytes and lists of such is part of no cycle, and a step makes hundreds of them, for
+which Python's collector would run while a GPU waits.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import msgspec
 from membership.base.rank_id import ProcessId, RankId, labels
 
 
-class Shaping(msgspec.Struct, frozen=True, array_like=True):
+class Shaping(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a request adds to its logits before a token is chosen: see workers/model/shaping.py."""
 
     repetition_penalty: float = 1.0
@@ -27,14 +30,14 @@ class Shaping(msgspec.Struct, frozen=True, array_like=True):
     grammar: str = ""  # llguidance's, that the output follows; empty: any
 
 
-class History(msgspec.Struct, frozen=True, array_like=True):
+class History(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A request's tokens so far, as uint32; the first `prompt` of them are its prompt."""
 
     tokens: bytes = b""
     prompt: int = 0
 
 
-class Sampling(msgspec.Struct, frozen=True, array_like=True):
+class Sampling(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How to choose the next token. `temperature` 0 is greedy. The RNG is a counter keyed by (seed, position)."""
 
     temperature: float = 0.0
@@ -46,14 +49,14 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     shaping: Shaping | None = None
 
 
-class Score(msgspec.Struct, frozen=True, array_like=True):
+class Score(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Asks for the log probabilities of the prompt's own tokens after a chunk's first, second, … token."""
 
     targets: list[int]
     top: int  # as `Sampling.logprobs`
 
 
-class SeqChunk(msgspec.Struct, frozen=True, array_like=True):
+class SeqChunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Consecutive tokens of one sequence to run in this step; `sample` is set if the last one yields a token."""
 
     seq: int  # unique under one engine token
@@ -69,7 +72,7 @@ Known = dict[int, bytes]
 """What a rank's KV blocks hold: block -> name (`elastic/engine/prefix.py`); empty: nothing that is known."""
 
 
-class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class StepBatch(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=True):
     """One step of the whole cluster, broadcast to all ranks. Ranks that are not named only serve experts."""
 
     engine_token: int
@@ -83,7 +86,7 @@ class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
     together: int = 0  # not 0: all of `ranks` run it over their GPUs, with or without chunks; the first call's number
 
 
-class TracedStep(StepBatch, frozen=True, array_like=True, tag=True):
+class TracedStep(StepBatch, frozen=True, array_like=True, gc=False, tag=True):
     """A step with traced sequences: ranks that run any of them say how long they took (TracedResult).
 
     A message of its own, so that no rank looks for traces while there are none.
@@ -95,7 +98,7 @@ class TracedStep(StepBatch, frozen=True, array_like=True, tag=True):
         return cls(**(msgspec.structs.asdict(batch) | {"traced": traced}))
 
 
-class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class Ping(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=True):
     """Asks every rank that has joined the queue for an empty StepResult: proves the queues after a handshake.
 
     It tells ranks on other hosts at once which ranks are masked now; the others have the engine's page.
@@ -106,7 +109,7 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
     masked: list[int] = []
 
 
-class CopyBlocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class CopyBlocks(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=True):
     """Half of a move of KV blocks between two ranks. First the source writes its blocks out and answers; then the
     target reads them into its own `blocks` and answers.
 
@@ -130,7 +133,7 @@ class CopyBlocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
 EngineMessage = StepBatch | TracedStep | Ping | CopyBlocks
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Natural-log probability of the chosen token, and of the most likely ones, best first."""
 
     logprob: float
@@ -141,7 +144,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 NO_TOKEN = -1
 
 
-class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+class SampledToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What came of a chunk: the token chosen for the position after its last one, and what its `score` asked for."""
 
     seq: int
@@ -162,7 +165,7 @@ class StepStatus(StrEnum):
     FAILED = "failed"  # `error` says why
 
 
-class _FromRank(msgspec.Struct, frozen=True, array_like=True):
+class _FromRank(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What every message of a rank begins with: the sender, and the engine that it is meant for."""
 
     rank: int
@@ -175,7 +178,7 @@ class _FromRank(msgspec.Struct, frozen=True, array_like=True):
         return RankId(self.rank, self.incarnation)
 
 
-class StepResult(_FromRank, frozen=True, array_like=True, tag=True):
+class StepResult(_FromRank, frozen=True, array_like=True, gc=False, tag=True):
     """A rank's answer to a StepBatch (only ranks with chunks answer) or to a Ping."""
 
     epoch: int
@@ -196,7 +199,7 @@ class StepResult(_FromRank, frozen=True, array_like=True, tag=True):
     fills_host: bool = False  # alone it makes use of all cores of its host: see `Home.fills_host`
 
 
-class TracedResult(StepResult, frozen=True, array_like=True, tag=True):
+class TracedResult(StepResult, frozen=True, array_like=True, gc=False, tag=True):
     """A rank's answer to a TracedStep that went well. Durations, since no two hosts' clocks are compared."""
 
     @classmethod
@@ -205,7 +208,7 @@ class TracedResult(StepResult, frozen=True, array_like=True, tag=True):
         return cls(**(msgspec.structs.asdict(result) | {"took_s": took_s, "exchange_s": exchange_s}))
 
 
-class BlocksCopied(_FromRank, frozen=True, array_like=True, tag=True):
+class BlocksCopied(_FromRank, frozen=True, array_like=True, gc=False, tag=True):
     """A rank's answer to CopyBlocks: it has copied the first `blocks` of them, as many as fit; none if `error`."""
 
     copy: int
@@ -213,13 +216,13 @@ class BlocksCopied(_FromRank, frozen=True, array_like=True, tag=True):
     error: str = ""
 
 
-class Holding(_FromRank, frozen=True, array_like=True, tag=True):
+class Holding(_FromRank, frozen=True, array_like=True, gc=False, tag=True):
     """A rank's first word to an engine: what its KV blocks hold, as the engines before have said."""
 
     known: Known
 
 
-class Farewell(_FromRank, frozen=True, array_like=True, tag=True):
+class Farewell(_FromRank, frozen=True, array_like=True, gc=False, tag=True):
     """A rank's last word to an engine that has been replaced: it leaves the queue, and follows the `successor`."""
 
     successor: int  # its engine token

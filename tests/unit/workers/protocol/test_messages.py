@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+
 import msgspec
 import pytest
 
+from elastic.protocol import EndToken, Tokens
 from workers.protocol.messages import (
     EngineMessage,
+    History,
     RankMessage,
     SampledToken,
+    Sampling,
+    Score,
     SeqChunk,
     StepBatch,
     StepResult,
     StepStatus,
+    TokenLogprobs,
     TracedResult,
     TracedStep,
 )
@@ -59,6 +66,17 @@ def test_a_traced_step_is_run_together_like_any_other() -> None:
     step = TracedStep.of(StepBatch(7, 1, 2, 0, [], {0: [CHUNK], 1: []}, together=9), [1])
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(step), type=EngineMessage) == step
     assert (step.together, step.traced) == (9, [1])
+
+
+def test_a_decode_step_leaves_nothing_of_it_to_the_garbage_collector() -> None:
+    """A step is made, sent and answered while a GPU waits; collections among its many messages took most of `take`."""
+    chunk = SeqChunk(1, 9, [5], [0], Sampling(logprobs=0), History(b""), Score([1], 0))
+    answer = SampledToken(1, 5, TokenLogprobs(-0.5))
+    made = [chunk, chunk.sample, chunk.history, chunk.score, answer, answer.logprobs]
+    tokens = Tokens(7, "request", 0, [5], [TokenLogprobs(-0.5)], end=EndToken(2))
+    assert not any(map(gc.is_tracked, [*made, tokens, tokens.end]))
+    read = msgspec.msgpack.decode(msgspec.msgpack.encode(StepBatch(7, 1, 2, 0, [], {0: [chunk]})), type=EngineMessage)
+    assert not any(map(gc.is_tracked, [read, *read.ranks[0]]))
 
 
 class AnsweredBefore(msgspec.Struct, frozen=True, array_like=True, tag="StepResult"):
