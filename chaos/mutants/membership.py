@@ -75,6 +75,24 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=(f"{LEASE}::test_it_gives_up_at_its_deadline_without_asking",),
     ),
     Mutant(
+        name="carried-without-fence",
+        guards="G1: an office goes over to another lease only if its token still holds it",
+        file="membership/store/election.py",
+        before="self._store.txn([ours], [Put(",
+        after="self._store.txn([], [Put(",
+        tests=(
+            "tests/unit/membership/store/test_election.py::test_an_office_that_another_holds_does_not_go_over_to_ours",
+        ),
+    ),
+    Mutant(
+        name="lease-believed-while-carried",
+        guards="G1: while it is not known which of two leases an office is under, none counts longer than the shorter",
+        file="membership/store/lease.py",
+        before="self._carrying, self._deadline = True, min(self._deadline, before + ttl_s)",
+        after="self._carrying = True",
+        tests=(f"{LEASE}::test_while_it_is_not_known_where_the_keys_are_the_shorter_lease_counts",),
+    ),
+    Mutant(
         name="incarnation-twice",
         guards="G2: an incarnation is never given out twice, also not after all traces of its rank are gone",
         file="membership/planning/planner.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from chaos.simulation.fleet import SimFleet
@@ -112,9 +113,8 @@ class EngineProcess(Process):
         if mirror.state().revision < self.token:
             return  # cut off at this moment: it is elected all the same, and notices at its next turn
         fleet.open(self.token)
-        status = StatusWriter(
-            self.client, self.cluster.keys, self.token, self._keeper.lease, self.wake_now, background=False
-        )
+        lease = partial(getattr, self._keeper, "lease")
+        status = StatusWriter(self.client, self.cluster.keys, self.token, lease, self.wake_now, background=False)
         self._status = status
         peers = Peers(mirror, fleet, server, status, self.cluster.events)
         self.engine = Engine(self.cluster.config, self.token, peers, clock=self.clock, wall=self.wall)

@@ -43,6 +43,7 @@ class SimStore(MemoryStore):
         self._sim_clock = clock
         self._changed = cast(threading.Condition, Unlocked())
         self.author = ""
+        self.slow_s = 0.0  # what each answer takes; a call that would wait for less has none
         self.on_change: Callable[[str, ClusterState, ClusterState], None] = lambda author, before, after: None
         self._keys = keys
         self._reading = Reading()
@@ -109,6 +110,10 @@ class Client:
     def seen(self) -> str:
         return self._store.seen
 
+    @property
+    def pace_s(self) -> float:
+        return self._store.slow_s
+
     def get(self, key: str) -> KeyValue | None:
         return self._reach().get(key)
 
@@ -128,9 +133,11 @@ class Client:
         return self._write(lambda store: store.grant(ttl_s))
 
     def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
+        self._in_time(timeout_s)
         return self._write(lambda store: store.keepalive(lease, timeout_s))
 
     def keepalives(self, leases: Sequence[int], timeout_s: float | None = None) -> dict[int, float]:
+        self._in_time(timeout_s)
         return self._write(lambda store: store.keepalives(leases, timeout_s))
 
     def revoke(self, lease: int) -> None:
@@ -170,6 +177,11 @@ class Client:
         """StoreUnavailable while it is cut off."""
         if self.away:
             raise StoreUnavailable(f"{self._name} is cut off from the store")
+
+    def _in_time(self, timeout_s: float | None) -> None:
+        """StoreUnavailable if a renewal would be given up before its answer."""
+        if timeout_s is not None and timeout_s < self._store.slow_s:
+            raise StoreUnavailable(f"{self._name} has no answer from the store within {timeout_s:g} s")
 
     def _reach(self) -> SimStore:
         self.check()

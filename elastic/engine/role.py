@@ -135,7 +135,8 @@ def run_engine(
         events.emit("engine_elected", cluster=cluster, token=token, pid=os.getpid())
         fleet.open(token)
         mirror.wait(lambda state: state.revision >= token, timeout_s=config.launch_deadline_s, what="our own election")
-        status = StatusWriter(store, keys, token, keeper.lease, fleet.ring, partial(join_keys, network))
+        joined = partial(join_keys, network)
+        status = StatusWriter(store, keys, token, lambda: keeper.lease, fleet.ring, joined)
         opened.callback(status.close)
         engine = Engine(config, token, Peers(mirror, fleet, server, status, events, known.gone))
         known.on_change = engine.look_again

@@ -31,7 +31,7 @@ class StatusWriter:
         store: Store,
         keys: Keys,
         token: int,
-        lease: int,
+        lease: Callable[[], int],
         on_fenced: Callable[[], None],
         join_keys: Callable[[], tuple[str, ...]] = tuple,
         *,
@@ -107,11 +107,12 @@ class StatusWriter:
 
     def _write(self, status: EngineStatus, loads: ExpertLoad | None) -> bool:
         """False if this engine has been replaced, or its lease has ended, which lets others replace it."""
-        more = [] if loads is None else [Put(self._loads_key, encode(loads), self._lease)]
+        lease = self._lease()
+        more = [] if loads is None else [Put(self._loads_key, encode(loads), lease)]
         value = encode(replace(status, join_keys=self._join_keys()))
         failpoints.hit("engine.before.status")
         try:
-            in_office = self._key.put(value, self._lease, [self._fence], more)
+            in_office = self._key.put(value, lease, [self._fence], more)
         except LeaseLost:
             return False
         except StoreError as error:

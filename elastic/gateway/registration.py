@@ -65,10 +65,11 @@ class Registration:
             self._hold(keeper)
 
     def _hold(self, keeper: LeaseKeeper) -> None:
-        written: GatewayRecord | None = None
+        keeper.carry = lambda lease: None  # what is written again below
+        written: tuple[GatewayRecord, int] | None = None
         while not (self._stop.is_set() or self._wake.is_set()):
-            record = replace(self._record, join_keys=self._join_keys())
-            if record != written:
-                self._store.put(self._key, codec.encode(record), keeper.lease)
-                written = record
+            wanted = (replace(self._record, join_keys=self._join_keys()), keeper.lease)
+            if wanted != written:
+                self._store.put(self._key, codec.encode(wanted[0]), wanted[1])
+                written = wanted
             self._wake.wait(RETRY_S)

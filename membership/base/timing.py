@@ -61,6 +61,10 @@ LEASE_TTL_S = _time(
     3.0, "A controller, engine, agent or rank that stops renewing is gone after this (default of `lease_ttl_s`)"
 )
 CLOCK_SKEW_S = _time(2.0, "Tolerated clock skew between nodes when a backoff time is checked")
+_time = _times("lease", "membership/store/pace.py")
+LEASE_TTL_MAX_S = _time(
+    20.0, "The longest lease while the store answers slowly: doubled until it lasts for 6 answers, or up to this"
+)
 _time = _times("lease", "elastic/serve/stored_config.py")
 LEASE_GRACE_S = _time(2.0, "Of a cluster whose server was killed: max wait beyond the TTL for etcd to end its leases")
 _time = _times("lease", "workers/agent/begin.py")

@@ -58,6 +58,7 @@ class Election:
                 holder = self._take() or self._store.get(self._key)
                 if holder is not None and holder.lease == self._keeper.lease:
                     self._token = holder.create_revision
+                    self._keeper.carry = self._carry
                     return self._token
                 reason = f"held by lease {holder.lease:x}" if holder else "free again just now"
                 if holder is not None and left > 0:
@@ -74,10 +75,19 @@ class Election:
             fence, self._token = self.fence(), 0
             self._store.txn([fence], [Delete(self._key)])
 
+    def _carry(self, lease: int) -> None:
+        """Hold the key under another lease: it is not created anew, so its token stays. LeaseLost: it is not ours."""
+        ours = Compare(self._key, "create", "=", self._token)
+        if not self._token or not self._store.txn([ours], [Put(self._key, self._bytes(), lease)]).succeeded:
+            raise LeaseLost(f"{self._key} is not held under token {self._token} any more")
+
+    def _bytes(self) -> bytes:
+        return self._value() if callable(self._value) else self._value
+
     def _take(self) -> KeyValue | None:
         """Create the key; None if it exists. Safe to repeat, since it only succeeds if the key is absent."""
-        value = self._value() if callable(self._value) else self._value
-        done = self._store.txn([Compare(self._key, "create", "=", 0)], [Put(self._key, value, self._keeper.lease)])
+        put = Put(self._key, self._bytes(), self._keeper.lease)
+        done = self._store.txn([Compare(self._key, "create", "=", 0)], [put])
         if not done.succeeded:
             return None
         return KeyValue(key=self._key, create_revision=done.revision, lease=self._keeper.lease)

@@ -54,6 +54,7 @@ from membership.store.interface import (
     key_bytes,
     prefix_end,
 )
+from membership.store.pace import Pace
 from membership.store.provenance import Provenance
 
 LEAST_S = 0.05  # that an attempt is given
@@ -129,6 +130,7 @@ class EtcdStore:
         self._acknowledges_early = True  # until its version is known
         self._turn = random.randrange(len(channels))  # so that clients use different members
         self._provenance = provenance
+        self._pace = Pace()
         self._where = where
         self._timeout_s = timeout_s
         self._closed = threading.Event()
@@ -137,6 +139,10 @@ class EtcdStore:
     @property
     def seen(self) -> str:
         return self._provenance.seen
+
+    @property
+    def pace_s(self) -> float:
+        return self._pace.seconds
 
     def probe(self, timeout_s: float) -> None:
         """Read a key that does not exist; StoreUnavailable if there is no answer."""
@@ -323,8 +329,11 @@ class EtcdStore:
         """Send it to one endpoint, and return its answer; a StoreError if there is none."""
         if self._closed.is_set():
             raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
+        begun = time.monotonic()
         try:
-            return self._send(method, self._channels[turn], request, timeout_s)
+            answer = self._send(method, self._channels[turn], request, timeout_s)
+            self._pace.note(time.monotonic() - begun)
+            return answer
         except grpc.RpcError as error:
             ours = translated(error, what, self._where)
             self._note(ours, turn)

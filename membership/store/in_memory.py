@@ -84,6 +84,10 @@ class MemoryStore:
     def seen(self) -> str:
         return self._provenance.seen
 
+    @property
+    def pace_s(self) -> float:
+        return 0.0
+
     def backup(self) -> Backup:
         """Copy the data. Leases are not copied: their keys have none after a restore."""
         with self._changed:

@@ -112,6 +112,11 @@ class Store(Protocol):
         """Id and latest seen revision of this store, for a process that connects later; see Provenance."""
         ...
 
+    @property
+    def pace_s(self) -> float:
+        """How long it takes to answer, of late; 0 before the first answer. See `Pace`."""
+        ...
+
     def get(self, key: str) -> KeyValue | None:
         """Return the key, or None."""
         ...

@@ -2,6 +2,9 @@
 
 The deadline counts from *before* a renewal was sent: however late the answer, the store cannot have expired the lease
 earlier than that. Code that relies on the lease must check `alive` each time; `on_lost` is called once.
+
+It lasts the longer the slower the store answers (`fitting_ttl_s`): from when it is granted, and, if its holder can
+`carry` its keys to another lease, whenever that pace changes.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import structlog
 
 from membership.base.errors import LeaseLost, StoreError, StoreUnavailable, WaitTimeout
 from membership.store.interface import Store
+from membership.store.pace import fitting_ttl_s, renewal_timeout_s
 
 CLOSE_TIMEOUT_S = 10.0
 RETRY_S = 0.1
@@ -40,14 +44,19 @@ class LeaseKeeper:
     ) -> None:
         self._store = store
         self._clock = clock
-        self._ttl_s = ttl_s
+        self._configured_s = ttl_s
+        self._ttl_s = fitting_ttl_s(ttl_s, store.pace_s)
         self.on_lost = on_lost
+        self.carry: Callable[[int], None] | None = None
+        """Puts the holder's keys under another lease, in its thread; LeaseLost if they are not ours any more."""
+        self._carrying = False  # since a carry whose outcome is not known
         self._persistent = persistent
         self._lost = False
+        self._unanswered = 0  # renewals, since one that was answered
         self._stop = threading.Event()
         before = clock()
-        self.lease = store.grant(ttl_s)
-        self._deadline = before + ttl_s
+        self.lease = store.grant(self._ttl_s)
+        self._deadline = before + self._ttl_s
         self._thread = threading.Thread(target=self._run, name=f"lease-{self.lease:x}", daemon=True)
         if background:
             self._thread.start()
@@ -65,16 +74,36 @@ class LeaseKeeper:
     def renew(self) -> bool:
         """Renew once; return whether the store confirmed it. LeaseLost: the lease has ended, or its deadline passed."""
         before = self._clock()
-        timeout_s = self._ttl_s / 3 if self._persistent else min(self._ttl_s / 3, self._deadline - before)
+        timeout_s = renewal_timeout_s(self._ttl_s, self._unanswered)
+        if not self._persistent:
+            timeout_s = min(timeout_s, self._deadline - before)
         if timeout_s <= 0:
             raise LeaseLost(f"lease {self.lease:x} was not renewed within its {self._ttl_s:g} s")
         try:
             ttl_s = self._store.keepalive(self.lease, timeout_s)
         except StoreUnavailable as error:
+            self._unanswered += 1
             log.warning("lease_not_renewed", lease=f"{self.lease:x}", remaining_s=self.remaining_s, error=str(error))
             return False
-        self._deadline = max(self._deadline, before + min(ttl_s, self._ttl_s))
+        self._unanswered = 0
+        if not self._carrying:
+            self._deadline = max(self._deadline, before + min(ttl_s, self._ttl_s))
         return True
+
+    def _fit(self) -> None:
+        """Go over to a lease that fits the store's pace. The old one, which has no keys then, is left to end.
+
+        As long as it is not known under which lease the keys are, none counts for longer than the shorter.
+        """
+        ttl_s = fitting_ttl_s(self._configured_s, self._store.pace_s, self._ttl_s)
+        if self.carry is None or (ttl_s == self._ttl_s and not self._carrying):
+            return
+        before = self._clock()
+        lease = self._store.grant(ttl_s)
+        self._carrying, self._deadline = True, min(self._deadline, before + ttl_s)
+        self.carry(lease)
+        self.lease, self._ttl_s, self._deadline, self._carrying = lease, ttl_s, before + ttl_s, False
+        log.info("lease_fitted", lease=f"{lease:x}", ttl_s=ttl_s, pace_s=round(self._store.pace_s, 3))
 
     def close(self, revoke: bool = True) -> None:
         """Stop renewing; revoke the lease, which deletes its keys, unless `revoke` is False."""
@@ -106,14 +135,18 @@ class LeaseKeeper:
 
     def turn(self) -> float | None:
         """Renew once; return the seconds until the next renewal, or None if the lease is lost."""
+        pause = RETRY_S
         try:
-            pause = self._ttl_s / 3 if self.renew() else RETRY_S
+            if self.renew():
+                self._fit()
+                pause = self._ttl_s / 3
+        except StoreUnavailable as error:
+            log.warning("lease_not_fitted", lease=f"{self.lease:x}", remaining_s=self.remaining_s, error=str(error))
         except StoreError as error:
             self._lose(error)
             return None
         except (OSError, MemoryError) as error:
             log.warning("lease_not_renewed", lease=f"{self.lease:x}", remaining_s=self.remaining_s, error=str(error))
-            pause = RETRY_S
         return max(RETRY_S, min(pause, self.remaining_s)) if self._persistent else min(pause, self.remaining_s)
 
     def _lose(self, error: StoreError) -> None:

@@ -293,7 +293,8 @@ def engine_status(folder: Path) -> Iterator[Scene]:
     """An engine's status, which changes."""
     store, epoch = MemoryStore(), [0]
     token = store.put(KEYS.engine, b"{}")
-    writer = StatusWriter(store, KEYS, token, store.grant(60.0), on_fenced=lambda: None)
+    lease = store.grant(60.0)
+    writer = StatusWriter(store, KEYS, token, lambda: lease, on_fenced=lambda: None)
 
     def provoke() -> None:
         epoch[0] += 1

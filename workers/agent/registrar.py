@@ -33,6 +33,7 @@ from membership.store.codec import decode, encode
 from membership.store.interface import Compare, Delete, Get, KeyValue, Put, Store
 from membership.store.keys import Keys
 from membership.store.ordered import ATTEMPTS
+from membership.store.pace import fitting_ttl_s, renewal_timeout_s
 from membership.store.records import AgentRecord, Assignment, RankExit, Record
 
 RETRY_S = 0.25
@@ -53,6 +54,7 @@ class _Entry:
     renewing: bool = True
     written: bytes | None = None  # None: unknown, or nothing
     lease: int = 0
+    ttl_s: float = 0.0  # of the lease
     renew_at: float = 0.0
 
 
@@ -88,6 +90,7 @@ class Registrar:
         self._dirty = False
         self._closing = False
         self._reachable = True
+        self._unanswered = 0  # renewals, since one that was answered
         self._fenced = ""  # why nothing is written any more
         self._attempts = Attempts("registrar", clock=clock)
         self._thread = threading.Thread(target=self._run, name="registrar", daemon=True)
@@ -241,6 +244,7 @@ class Registrar:
             self._sync_ends(going)
         kept = [_Wanted(key, entry, value) for key, entry, value in entries if value is not None and entry.renewing]
         self._hold_leases(kept)
+        self._fit(kept)
         changed = [each for each in kept if each.entry.lease and each.entry.written != each.value]
         for together in _portions(changed):
             self._write(together)
@@ -314,11 +318,27 @@ class Registrar:
         self._renew(kept)
         for _, entry, _ in kept:
             if not entry.lease:
-                begun = self._clock()
                 failpoints.hit("agent.before.grant")
-                entry.lease = self._store.grant(self._ttl_s)
-                entry.renew_at = begun + self._ttl_s / 3
+                self._grant(entry, fitting_ttl_s(self._ttl_s, self._store.pace_s))
                 self._renew(kept)
+
+    def _grant(self, entry: _Entry, ttl_s: float) -> None:
+        begun = self._clock()
+        entry.lease, entry.ttl_s = self._store.grant(ttl_s), ttl_s
+        entry.renew_at = begun + ttl_s / 3
+
+    def _fit(self, kept: list[_Wanted]) -> None:
+        """Give one record, of those that need it, a lease that fits the store's pace. It is written again under that;
+        the one before ends without a key. One at a time: none is without a renewal while the others' are granted.
+        """
+        fits = {each.key: fitting_ttl_s(self._ttl_s, self._store.pace_s, each.entry.ttl_s) for each in kept}
+        unfit = [each for each in kept if each.entry.lease and each.entry.ttl_s != fits[each.key]]
+        if unfit:
+            entry = unfit[0].entry
+            self._grant(entry, fits[unfit[0].key])
+            entry.written = None
+            with self._changed:
+                self._dirty = True
 
     def _renew(self, kept: list[_Wanted]) -> None:
         """Once a lease is due, all are renewed, in few exchanges per agent, however many ranks.
@@ -332,9 +352,12 @@ class Registrar:
             return
         for first in range(0, len(held), MOST_RENEWALS):
             some, begun = held[first : first + MOST_RENEWALS], self._clock()
-            left = self._store.keepalives([each.entry.lease for each in some], timeout_s=self._ttl_s / 3)
+            timeout_s = renewal_timeout_s(min(each.entry.ttl_s for each in some), self._unanswered)
+            self._unanswered += 1
+            left = self._store.keepalives([each.entry.lease for each in some], timeout_s=timeout_s)
+            self._unanswered = 0
             for key, entry, _ in some:
-                entry.renew_at = begun + self._ttl_s / 3
+                entry.renew_at = begun + entry.ttl_s / 3
                 if entry.lease not in left:
                     self._lease_lost(key, entry)
 

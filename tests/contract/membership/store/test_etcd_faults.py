@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+from chaos.faults.proxy import Faults, TcpProxy, Way
 from elastic.serve.etcd_server import EtcdServer, find_binary, free_ports
 from membership.base.errors import ConfigError, ElasticError, StoreUnavailable
 from membership.store.codec import encode
@@ -81,6 +83,26 @@ def test_roles_outlive_a_crash_of_etcd(server: EtcdServer) -> None:
         assert mirror.synced
         assert leader.held
         assert store.txn([leader.fence()], []).succeeded
+
+
+def test_an_office_outlasts_a_store_whose_answers_take_longer_than_a_third_of_its_lease(server: EtcdServer) -> None:
+    """Renewals that were given up after that time would all come too late. Later the lease is short again."""
+    ttl_s, far = 1.0, Faults(up=Way(delay_s=0.4))
+    with TcpProxy("127.0.0.1", urlsplit(server.url).port or 0) as proxy, closing(connect([server.url])) as near:
+        proxy.set(far)
+        with closing(connect([proxy.url], connect_timeout_s=T)) as store, LeaseKeeper(store, ttl_s) as keeper:
+            office = Election(store, KEYS.leader, b"", keeper)
+            token = office.campaign(T)
+            long, watch = keeper.lease, near.watch(KEYS.leader, token + 1)
+            assert watch.next(3.5) is None, "it was lost, or moved without need"
+            assert office.held
+            proxy.set(Faults())
+            eventually(lambda: keeper.lease != long, T, "a lease as it is configured")
+            found = near.get(KEYS.leader)
+            assert found is not None
+            assert (found.create_revision, found.lease) == (token, keeper.lease)
+            assert keeper.remaining_s <= ttl_s
+            assert office.held
 
 
 def test_a_campaign_waits_an_outage_out(server: EtcdServer) -> None:

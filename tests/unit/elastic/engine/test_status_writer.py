@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from elastic.engine.status_writer import StatusWriter
@@ -20,9 +22,14 @@ def store() -> LateStore:
     return LateStore()
 
 
+def lease_of(store: LateStore) -> Callable[[], int]:
+    lease = store.grant(60.0)
+    return lambda: lease
+
+
 def writer_of(store: LateStore) -> tuple[StatusWriter, int]:
     token = store.put(KEYS.engine, b"{}")
-    return StatusWriter(store, KEYS, token, store.grant(60.0), on_fenced=lambda: None, background=False), token
+    return StatusWriter(store, KEYS, token, lease_of(store), on_fenced=lambda: None, background=False), token
 
 
 def written(store: LateStore) -> EngineStatus:
@@ -65,7 +72,7 @@ def test_an_engine_that_was_replaced_writes_nothing(store: LateStore) -> None:
     token = store.put(KEYS.engine, b"{}")
     assert not writer.turn()
     assert writer.fenced
-    successor = StatusWriter(store, KEYS, token, store.grant(60.0), on_fenced=lambda: None, background=False)
+    successor = StatusWriter(store, KEYS, token, lease_of(store), on_fenced=lambda: None, background=False)
     successor.update(EngineStatus(token=token, epoch=7))
     assert successor.turn(), "a status of its predecessor is there"
     assert not writer.turn()

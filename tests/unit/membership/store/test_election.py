@@ -27,7 +27,12 @@ class Scene(MemoryStore):
         self.when_watched: Callable[[], None] = lambda: None
         self.make_watch: Callable[[MemoryWatch], Any] = lambda watch: watch
         self.lose_answers = 0
+        self.paced_s = 0.0
         super().__init__(lambda: self.now)
+
+    @property
+    def pace_s(self) -> float:
+        return self.paced_s
 
     def watch(self, prefix: str, start_revision: int) -> MemoryWatch:
         watch = super().watch(prefix, start_revision)
@@ -181,3 +186,32 @@ def test_a_holder_that_stays_is_not_waited_for_beyond_the_deadline(store: Scene)
     first.campaign(0.0)
     with pytest.raises(WaitTimeout, match=f"waited 0.05 s for {KEY}: held by lease"):
         second.campaign(0.05)
+
+
+def test_an_office_that_goes_over_to_another_lease_keeps_its_token(store: Scene) -> None:
+    election, keeper = store.candidate(b"mine")
+    token, before = election.campaign(0.0), keeper.lease
+    store.paced_s = 1.0
+    assert keeper.turn() == 2.0
+    assert keeper.lease != before
+    held = store.get(KEY)
+    assert held is not None
+    assert (held.create_revision, held.lease, held.value) == (token, keeper.lease, b"mine")
+    store.revoke(before)
+    assert store.txn([election.fence()], [Put("/work", b"")]).succeeded
+    assert election.held
+
+
+def test_an_office_that_another_holds_does_not_go_over_to_ours(store: Scene) -> None:
+    """We were stopped past our lease. What we believe gives us nothing: neither the key nor a lease."""
+    first, keeper = store.candidate(b"first")
+    second, _ = store.candidate(b"second")
+    first.campaign(0.0)
+    store.delete(KEY)
+    token = second.campaign(0.0)
+    store.paced_s = 1.0
+    assert keeper.turn() is None
+    assert not first.held
+    held = store.get(KEY)
+    assert held is not None
+    assert (held.create_revision, held.value) == (token, b"second")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from random import Random
 
 import pytest
 
-from membership.base.errors import LeaseLost, WaitTimeout
+from membership.base.errors import LeaseLost, StoreUnavailable, WaitTimeout
 from membership.store import lease as lease_module
 from membership.store.in_memory import MemoryStore
+from membership.store.interface import Compare, Put
 from membership.store.lease import LeaseKeeper
 
 pytestmark = pytest.mark.unit
@@ -25,10 +27,17 @@ class Slow(MemoryStore):
         self.request_s = self.delay_s = 0.0
         self.timeouts: list[float | None] = []
         self.revoked: list[int] = []
+        self.paced_s = 0.0
+        self.granted: list[float] = []
         super().__init__(lambda: self.now)
+
+    @property
+    def pace_s(self) -> float:
+        return self.paced_s
 
     def grant(self, ttl_s: float) -> int:
         self.now += self.request_s
+        self.granted.append(ttl_s)
         lease = super().grant(ttl_s)
         self.now += self.delay_s
         return lease
@@ -228,3 +237,119 @@ def test_a_keeper_that_does_not_stop_says_so(monkeypatch: pytest.MonkeyPatch) ->
     store.answer.set()
     kept.close()
     assert store.revoked == [kept.lease]
+
+
+Carry = Callable[[int], None]
+
+
+def carrying(store: Slow) -> tuple[LeaseKeeper, Carry]:
+    """One whose holder has a key, and can put it under another lease."""
+    kept = keeper(store)
+    store.put("/held", b"", kept.lease)
+
+    def carry(lease: int) -> None:
+        if not store.txn([Compare("/held", "version", ">", 0)], [Put("/held", b"", lease)]).succeeded:
+            raise LeaseLost("it is gone")
+
+    kept.carry = carry
+    return kept, carry
+
+
+def test_a_lease_lasts_longer_where_the_store_is_slow(store: Slow) -> None:
+    """Its renewals are waited for as much longer: each takes that time."""
+    store.paced_s = 1.0
+    kept = keeper(store)
+    assert (store.granted, kept.remaining_s) == ([6.0], 6.0)
+    assert kept.turn() == 2.0
+    assert store.timeouts == [2.0]
+    store.now += 5.9
+    assert kept.alive
+
+
+def test_a_lease_that_is_held_follows_the_pace_and_its_key_stays(store: Slow) -> None:
+    (kept, _), first = carrying(store), store.get("/held")
+    store.paced_s = 0.8
+    store.now += 1.0
+    assert kept.turn() == 2.0
+    assert (store.granted, kept.remaining_s) == ([3.0, 6.0], 6.0)
+    store.now += 5.0  # the first one has ended
+    assert kept.turn() == 2.0
+    store.paced_s = 0.01
+    assert kept.turn() == 1.0
+    assert (store.granted, kept.remaining_s) == ([3.0, 6.0, 3.0], 3.0)
+    found = store.get("/held")
+    assert first is not None
+    assert found is not None
+    assert (found.create_revision, found.lease) == (first.create_revision, kept.lease)
+    store.now += 3.0
+    assert store.get("/held") is None, "it ends with the lease that is said to hold it"
+    assert not kept.alive
+
+
+def test_a_lease_whose_holder_cannot_carry_its_keys_stays_as_it_was_granted(store: Slow) -> None:
+    kept = keeper(store)
+    store.paced_s = 2.0
+    kept.turn()
+    assert store.granted == [3.0]
+
+
+def test_while_it_is_not_known_where_the_keys_are_the_shorter_lease_counts(store: Slow) -> None:
+    """The answer to the carry is lost: the old lease may be renewed in vain."""
+    store.paced_s = 1.0
+    kept, carry = carrying(store)
+
+    def unanswered(lease: int) -> None:
+        carry(lease)
+        raise StoreUnavailable("no answer")
+
+    store.paced_s, kept.carry = 0.0, unanswered
+    assert kept.turn() == lease_module.RETRY_S
+    assert kept.remaining_s == 3.0
+    store.now += 2.0
+    store.paced_s = 1.0  # the long one would fit again, and the key may be under the short one
+    kept.carry = carry
+    assert kept.turn() == 2.0
+    assert kept.remaining_s == 6.0
+    store.now += 5.0
+    assert store.get("/held") is not None
+
+
+def test_a_holder_whose_keys_are_not_its_own_any_more_has_lost_its_lease(store: Slow) -> None:
+    kept, _ = carrying(store)
+
+    def gone(lease: int) -> None:
+        raise LeaseLost("not ours any more")
+
+    store.paced_s, kept.carry = 1.0, gone
+    assert kept.turn() is None
+    assert not kept.alive
+
+
+def test_while_a_holder_believes_in_its_lease_its_key_is_there_whatever_the_pace_does() -> None:
+    """Answers take their time or are lost, the pace changes, and the lease with it."""
+    random = Random(2)
+    fitted = 0
+    for _ in range(300):
+        store = Slow()
+        kept, carry = carrying(store)
+
+        def sometimes(lease: int, store: Slow = store, carry: Carry = carry, draw: Random = random) -> None:
+            done = draw.random() < 0.7
+            if done:
+                carry(lease)
+            store.now += draw.choice([0.0, 0.5, 2.0])
+            if not done or draw.random() < 0.4:
+                raise StoreUnavailable("no answer")
+
+        kept.carry = sometimes
+        for _ in range(8):
+            store.request_s, store.delay_s = random.uniform(0, 0.3), random.choice([0.0, 0.3, 1.0])
+            store.paced_s = random.choice([0.0, 0.0, 0.6, 1.1, 3.0])
+            if kept.turn() is None:
+                break
+            for _ in range(4):
+                if kept.alive:
+                    assert store.get("/held") is not None
+                store.now += random.uniform(0, 1.0)
+        fitted += len(store.granted) - 1
+    assert fitted > 300

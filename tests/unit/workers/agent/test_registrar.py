@@ -204,6 +204,50 @@ def test_what_changes_together_is_one_write_and_all_leases_are_renewed_in_one_ca
     assert store.renewals == [64]
 
 
+def test_leases_follow_the_stores_pace_one_at_a_time_and_no_record_is_missed() -> None:
+    now = [0.0]
+
+    class Paced(Counting):
+        """Its answers take a known time."""
+
+        paced_s = 0.0
+        granted: list[float]
+
+        @property
+        def pace_s(self) -> float:
+            return self.paced_s
+
+        def grant(self, ttl_s: float) -> int:
+            self.granted.append(ttl_s)
+            return super().grant(ttl_s)
+
+    store = Paced()
+    store._clock, store.granted = lambda: now[0], []
+    registrar = Registrar(store, KEYS, ttl_s=3.0, clock=lambda: now[0], background=False)
+
+    def settle(seconds: float) -> None:
+        end = now[0] + seconds
+        while now[0] < end:
+            now[0] += 0.25
+            before = len(store.granted)
+            if registrar.due:
+                assert registrar.turn()
+            assert len(store.granted) <= before + 1
+            assert len(store.range(KEYS.prefix)[1]) == 4
+
+    registrar.publish_all(ranks(4))
+    registrar.turn()
+    store.paced_s = 1.0
+    settle(20.0)
+    assert store.granted == [3.0] * 4 + [6.0] * 4
+    store.paced_s = 0.0
+    settle(20.0)
+    assert store.granted == [3.0] * 4 + [6.0] * 4 + [3.0] * 4
+    assert {kv.lease for kv in store.range(KEYS.prefix)[1]} == {9, 10, 11, 12}
+    now[0] += 3.5
+    assert not store.range(KEYS.prefix)[1], "they are gone as soon as configured"
+
+
 def test_leases_that_there_are_do_not_wait_for_those_of_new_ranks() -> None:
     now, done = [0.0], list[str]()
 
