@@ -30,7 +30,7 @@ from benchmarks.checkpoints import OLMOE_HALF, SMALL, Shape, make
 from benchmarks.prefix import RANKS, first_token_ms, killed, second_turn, stream
 from benchmarks.real_aside import CONTEXT, Aside
 from benchmarks.real_llama import READY_S, llama_main, missing
-from benchmarks.real_load import Load, compiled, loaded
+from benchmarks.real_load import Load, compiled, conditions, loaded
 from benchmarks.real_memory import available, memory
 from benchmarks.real_plain import plain_main
 from benchmarks.recovery_cluster import History
@@ -249,6 +249,7 @@ def measure(args: argparse.Namespace, path: Path, names: list[str]) -> Iterator[
     with ExitStack() as opened:
         cache = opened.enter_context(tempfile.TemporaryDirectory(prefix="elastic-ep-compiled-"))
         environ = compiled(path, Path(cache))
+        say(f"({conditions(path)})")
         flags = (*PATIENT, *args.flag)
         cluster = opened.enter_context(ServedCluster(path, RANKS, flags=flags, environ=environ))
         load = loaded(cluster, path)

@@ -27,7 +27,8 @@ from membership.base.errors import ModelError
 
 log = structlog.get_logger(__name__)
 _PACKED = cast("torch.layout", torch._mkldnn)  # type: ignore[attr-defined]
-_BLOCKS = (512, 256, 128, 64)  # rows of a block: the first one that divides a matrix's
+_ROWS = 64  # of the smallest block: what oneDNN packs together
+_MOST_ROWS, _MOST_BYTES = 1024, 4 << 20  # of a block: each has a call of 0.1 ms, and a second copy meanwhile
 Pack = Callable[[Tensor], bytes]
 
 
@@ -50,7 +51,7 @@ def packed(room: Tensor, packing: bytes) -> Tensor:
 
 def plain_blocks(room: Tensor) -> Iterator[Tensor]:
     """The rows of the packed matrix that is in `room` as they were before, block after block."""
-    for block in torch.split(room, _block(len(room))):
+    for block in torch.split(room, _block(tuple(room.shape))):
         yield plain(packed(block, layout(tuple(block.shape))))
 
 
@@ -122,7 +123,7 @@ def use_packed(model: nn.Module) -> None:
 def available() -> bool:
     """Whether a product with a packed matrix in memory of ours has the bits of a plain one."""
     generator = torch.Generator().manual_seed(1)
-    matrix, rows = (torch.randn(n, 128, generator=generator).to(torch.bfloat16) for n in (3 * _BLOCKS[-1], 4))
+    matrix, rows = (torch.randn(n, 128, generator=generator).to(torch.bfloat16) for n in (2 * _MOST_ROWS, 4))
     try:
         with torch.inference_mode():
             wanted, packing = torch.mm(rows, matrix.t()), _pack(matrix)
@@ -135,14 +136,17 @@ def available() -> bool:
 def _pack(matrix: Tensor) -> bytes:
     packing = layout(tuple(matrix.shape)) if matrix.dtype == torch.bfloat16 else b""
     if packing:
-        for block in torch.split(matrix, _block(len(matrix))):
+        for block in torch.split(matrix, _block(tuple(matrix.shape))):
             made = torch.ops.mkldnn._reorder_linear_weight(block, None)
             ctypes.memmove(block.data_ptr(), torch.ops.mkldnn.data_ptr(made), block.nbytes)
     return packing
 
 
-def _block(rows: int) -> int:
-    return next((block for block in _BLOCKS if rows % block == 0), 0)
+def _block(shape: tuple[int, ...]) -> int:
+    """Rows of a block of such a bfloat16 matrix: the most that divide it; 0 if none do."""
+    rows, columns = shape
+    most = max(_ROWS, min(_MOST_ROWS, _MOST_BYTES // (2 * columns)))
+    return max((size for size in range(_ROWS, most + 1, _ROWS) if rows % size == 0), default=0)
 
 
 @cache
@@ -152,7 +156,7 @@ def layout(shape: tuple[int, ...]) -> bytes:
     That of a block, with another number of rows: where nothing but this number differs between one block and two, no
     element's place in its block depends on it. Empty: it would be padded or lie otherwise, so it stays plain.
     """
-    if len(shape) != 2 or not all(shape) or not (block := _block(shape[0])):
+    if len(shape) != 2 or not all(shape) or not (block := _block(shape)):
         return b""
     one, two = (_description(count * block, shape[1]) for count in (1, 2))
     if not one or len(one) != len(two):
