@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import zmq
 
 from chaos.faults import kill
 from chaos.target.cluster import Cluster
@@ -27,8 +29,17 @@ from membership.store.keys import Keys
 from membership.store.records import LeaderRecord
 from tests.support.helpers import eventually
 from tests.support.hosts import made_hosts
+from tests.support.listeners import (
+    asked_as_a_stranger,
+    handshake,
+    is_greeting,
+    known_by_the_store,
+    listening,
+    role_of,
+)
 from tests.support.served import fault_free, stream_all, streaming, texts_of, under_load
 from workers.protocol.exchange_handle import AutoHandle, TcpHandle
+from workers.queue.curve import new_keys
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -157,6 +168,32 @@ def links_are_known(cluster: TwoHosts) -> bool:
     return up == {("ranks", "a", "b"): (4, 4), ("ranks", "b", "a"): (4, 4), ("engine", "a", "b"): (2, 2)}
 
 
+def listeners_are_as_documented(cluster: TwoHosts) -> None:
+    """docs/HOSTS.md, "Ports": so many for each process, at the address that it advertises, and the gateway's two."""
+    for host, at in cluster.hosts.addresses.items():
+        opened = listening(cluster.hosts, host)
+        web = {(each.address, each.port) for each in opened if "gateway" in map(role_of, each.pids)}
+        assert web == ({(at, 8000), ("127.0.0.1", 8001)} if host == "a" else set())
+        far = [each for each in opened if (each.address, each.port) not in web]
+        assert {(each.protocol, each.address, len(each.pids)) for each in far} == {("tcp", at, 1)}
+        number = Counter(pid for each in far for pid in each.pids)
+        most = {"engine": 3, "agent": 3, "rank": 4}
+        assert not {role_of(pid): ports for pid, ports in number.items() if ports > most.get(role_of(pid), 0)}
+        assert Counter(map(role_of, number)) == {"agent": 1, "rank": 2} | ({"engine": 2} if host == "a" else {})
+        said = asked_as_a_stranger(far)
+        assert len(said) == len(far) > 8
+        assert {where: each for where, each in said.items() if not is_greeting(each)} == {}
+
+
+def public_keys_open_nothing(cluster: TwoHosts) -> None:
+    """Who reads etcd knows where all of them listen, and these keys, but not the secret."""
+    known = known_by_the_store(cluster.client().state())
+    assert len(known) >= 2 + 2 * 2 + 4 + 2  # of the engine, two agents, four ranks, and two for an engine elsewhere
+    stranger = new_keys()
+    ends = {endpoint: handshake(endpoint, key, (stranger.public, stranger.secret)) for endpoint, key in known.items()}
+    assert set(ends.values()) == {zmq.EVENT_HANDSHAKE_FAILED_AUTH}, ends
+
+
 def the_cable_is_loose(cluster: TwoHosts) -> None:
     """Its ranks are suspected, and answer again before their host's lease ends: they are replaced all the same."""
     ranks, before = ranks_of_b(cluster), len(masked_ranks(cluster))
@@ -272,6 +309,8 @@ def test_two_hosts_answer_as_one_and_the_deaths_of_either_lose_nothing(two_hosts
     two_hosts.wait_serving(4)
     assert nodes_of(two_hosts) == {0: "a", 1: "a", 2: "b", 3: "b"}
     eventually(lambda: links_are_known(two_hosts), 60.0, "links between the hosts in the status")
+    listeners_are_as_documented(two_hosts)
+    public_keys_open_nothing(two_hosts)
     with under_load(two_hosts, busy=4) as workload:
         for fault in (
             the_host_is_drained,
