@@ -501,14 +501,13 @@ class Scheduler:
         self._serving.discard(home.rank)
         self._learn(result, now)
         self._step_time.answered(now)
-        for each in self._homes.values():
-            if each.node == home.node:
-                each.fills_host = result.fills_host and self.config.homes is Homes.TOGETHER
+        self._note_host(home, result)
         current = [(sequence, chunk) for sequence, chunk in in_flight if sequence.home is home]
         if result.status is not StepStatus.OK:
             return self._set_back(home, [sequence for sequence, _ in current], result, now)
         home.setbacks, home.retry_at = 0, 0.0
         outputs: list[Output] = []
+        size = self._block_size
         sampled = {token.seq: token for token in result.tokens}
         for sequence, chunk in current:
             token = sampled.get(chunk.seq)
@@ -520,12 +519,21 @@ class Scheduler:
                 continue
             if chunk.score is not None and token is not None:
                 sequence.scored(chunk, token.scores)
-            self._contents.extend(sequence.names, sequence.tokens)
-            sequence.advance(len(chunk.tokens))
+            if sequence.computed % size + (count := len(chunk.tokens)) < size:
+                sequence.computed += count  # no block is full: GPUs wait for this, no calls per sequence
+            else:
+                self._contents.extend(sequence.names, sequence.tokens)
+                sequence.advance(count)
             sequence.failures, sequence.stalled_since = 0, None
             if chunk.sample is not None and token is not None:
                 outputs.append(self._append(sequence, token))
         return outputs
+
+    def _note_host(self, home: Home, result: StepResult) -> None:
+        """Whether one rank of its host makes use of all cores there."""
+        for each in self._homes.values():
+            if each.node == home.node:
+                each.fills_host = result.fills_host and self.config.homes is Homes.TOGETHER
 
     def _learn(self, result: StepResult, now: float) -> None:
         """Of the time that the step took, once all have answered and nothing went wrong."""
@@ -538,7 +546,8 @@ class Scheduler:
     def _append(self, sequence: Sequence, sampled: SampledToken) -> Tokens:
         """Add one token to the output; end tokens end it and are not part of it."""
         self._waiting.turns.charge(sequence.request.key, OUTPUT_COST)
-        request, index, token = sequence.request, sequence.emitted, sampled.token
+        request, token = sequence.request, sampled.token
+        index = len(sequence.tokens) - len(request.prompt)  # as `emitted`, without a call
         scores, cached, queued_s = (None, 0, 0.0) if index else sequence.first_words()
         is_eos = token in self.config.eos_token_ids and not request.ignore_eos
         if is_eos or token in request.stop_token_ids:
