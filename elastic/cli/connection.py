@@ -131,7 +131,8 @@ def require_embedded(address: ClusterAddress, state: StateDir, timeout_s: float 
                 raise StoreUnavailable(
                     f"cluster {address.cluster!r} is not being served: nothing listens at {path}",
                     hint=f"its server was killed, or is about to start again; if it does not: elastic serve"
-                    f" {address.model} --state-dir {state.path}; what happened is in {state.events}",
+                    f" {address.model} --cluster {address.cluster} --state-dir {state.path}; what happened is in"
+                    f" {state.events}",
                 )
             time.sleep(PAUSE_S)
 

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 from elastic.gateway.connection import Connection, Patience, Place
 from elastic.gateway.http import error_response
 from elastic.gateway.target import MAX_HEADER_BYTES, Plain, plain_path
+from elastic.gateway.unread import Unread
 from elastic.serve.listening import BACKLOG, OVERFLOW
 from elastic.serve.tls import Certificates
 from membership.base.errors import RequestError
@@ -169,7 +170,7 @@ class Server(uvicorn.Server):
         self._certificates = certificates
         self._accepting: asyncio.Task[None] | None = None
         config = uvicorn.Config(
-            Plain(app),
+            Unread(Plain(app)),
             http="h11",
             ws="none",
             lifespan="off",

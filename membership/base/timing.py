@@ -209,6 +209,8 @@ STUCK_S = _time(60.0, "The gateway turns not ready if no request got a token for
 
 _time = _times("request", "elastic/gateway/http.py")
 BODY_TIMEOUT_S = _time(30.0, "Max time in which a request's body must arrive")
+_time = _times("request", "elastic/gateway/unread.py")
+UNREAD_S = _time(10.0, "Max time in which the rest of a body that is not read is awaited, before its connection closes")
 _time = _times("request", "elastic/gateway/connection.py")
 HEADER_TIMEOUT_S = _time(20.0, "Max time in which a request's header must arrive")
 IDLE_TIMEOUT_S = _time(75.0, "A connection without a request is closed after this")

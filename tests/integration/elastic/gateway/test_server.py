@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from elastic.gateway import unread
 from elastic.gateway.connection import Patience
 from elastic.gateway.server import Server
 from elastic.serve.listening import bind
@@ -39,6 +40,10 @@ class App:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self._loop = asyncio.get_running_loop()
+        if scope["path"] == "/unread":
+            await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"3")]})
+            await send({"type": "http.response.body", "body": b"big"})
+            return
         while (await receive()).get("more_body"):
             continue
         self.asked += 1
@@ -189,6 +194,36 @@ def test_a_client_that_half_closes_gets_its_answers(asked: bytes) -> None:
         assert answers.count(b"HTTP/1.1 200 ") == asked.count(b"Host")
         assert answers.endswith(b"answer to /b")
         assert port.app.abandoned == 0
+
+
+@pytest.mark.parametrize("asked", ["HTTP/1.1\r\nConnection: close", "HTTP/1.0", "HTTP/1.0\r\nConnection: Keep-Alive"])
+def test_who_still_sends_when_the_answer_ends_the_connection_sees_it(asked: str) -> None:
+    """It was a reset in the midst of the body, and no answer."""
+    body = b"x" * 20_000_000
+    head = f"POST /unread {asked}\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with serving() as running, running.connect() as client:
+        client.sendall(head + body)
+        assert b" 413 " in client.makefile("rb").readline()
+
+
+def test_who_asks_whether_to_send_is_told_without_sending() -> None:
+    head = b"POST /unread HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"
+    with serving() as running, running.connect() as client:
+        client.sendall(head)
+        assert b" 413 " in client.makefile("rb").readline()
+
+
+def test_no_body_is_awaited_beyond_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unread, "UNREAD_S", 0.1)
+    head = b"POST /unread HTTP/1.0\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+    with serving() as running, running.connect() as client:
+        client.sendall(head + b"four")
+        assert client.makefile("rb").read().endswith(b"big")
+    monkeypatch.setattr(unread, "UNREAD_S", 30.0)
+    monkeypatch.setattr(unread, "MOST_BYTES", 3)
+    with serving() as running, running.connect() as client:
+        client.sendall(head + b"four")
+        assert b" 413 " in client.makefile("rb").readline()
 
 
 def test_an_old_client_that_half_closes_gets_its_answer() -> None:

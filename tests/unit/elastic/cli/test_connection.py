@@ -109,7 +109,7 @@ def test_a_cluster_whose_server_was_killed_is_said_to_be_and_how_to_go_on(tmp_pa
     for _ in ("nobody has the socket", "it is gone"):
         with pytest.raises(StoreUnavailable, match="cluster 'one' is not being served: nothing listens at") as refused:
             require_embedded(address, state, timeout_s=0.0)
-        assert f"elastic serve /models/m --state-dir {tmp_path}" in refused.value.hint
+        assert f"elastic serve /models/m --cluster one --state-dir {tmp_path}" in refused.value.hint
         assert str(state.events) in refused.value.hint
         path.unlink(missing_ok=True)
     require_embedded(ClusterAddress(cluster="one", etcd=("http://127.0.0.1:1",)), state, timeout_s=0.0)
