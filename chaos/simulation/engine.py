@@ -115,7 +115,7 @@ class EngineProcess(Process):
         fleet.open(self.token)
         lease = partial(getattr, self._keeper, "lease")
         status = StatusWriter(self.client, self.cluster.keys, self.token, lease, self.wake_now, background=False)
-        self._status = status
+        self._status, self._keeper.on_carried = status, status.rewrite
         peers = Peers(mirror, fleet, server, status, self.cluster.events)
         self.engine = Engine(self.cluster.config, self.token, peers, clock=self.clock, wall=self.wall)
         mirror.subscribe(self.engine.on_membership)

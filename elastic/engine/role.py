@@ -138,6 +138,7 @@ def run_engine(
         joined = partial(join_keys, network)
         status = StatusWriter(store, keys, token, lambda: keeper.lease, fleet.ring, joined)
         opened.callback(status.close)
+        keeper.on_carried = status.rewrite
         engine = Engine(config, token, Peers(mirror, fleet, server, status, events, known.gone))
         known.on_change = engine.look_again
         opened.callback(mirror.subscribe(engine.on_membership))

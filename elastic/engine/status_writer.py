@@ -45,6 +45,7 @@ class StatusWriter:
         self._changed = threading.Condition()
         self._status = EngineStatus(token=token, epoch=0)
         self._loads: ExpertLoad | None = None
+        self._loads_written: tuple[ExpertLoad | None, int] = None, 0  # and under which lease
         self._urgent = True
         self._stop = False
         self._reachable = True
@@ -62,8 +63,14 @@ class StatusWriter:
                 self._urgent = True
                 self._changed.notify_all()
 
+    def rewrite(self) -> None:
+        """Write all of it once more, at once: we have another lease, and the one that it is under ends."""
+        with self._changed:
+            self._urgent = True
+            self._changed.notify_all()
+
     def publish_loads(self, loads: ExpertLoad) -> None:
-        """Write the experts' loads with the next status. Lost if the store is unavailable: they are published again."""
+        """Write the experts' loads with the next status."""
         with self._changed:
             self._loads = loads
 
@@ -98,8 +105,7 @@ class StatusWriter:
     def turn(self) -> bool:
         """Write the latest status; False once this engine is fenced."""
         with self._changed:
-            self._urgent, status = False, self._status
-            loads, self._loads = self._loads, None
+            self._urgent, status, loads = False, self._status, self._loads
         if not self._write(status, loads):
             self.fenced = True
             self._on_fenced()
@@ -108,19 +114,25 @@ class StatusWriter:
     def _write(self, status: EngineStatus, loads: ExpertLoad | None) -> bool:
         """False if this engine has been replaced, or its lease has ended, which lets others replace it."""
         lease = self._lease()
-        more = [] if loads is None else [Put(self._loads_key, encode(loads), lease)]
+        there = (loads, lease) == self._loads_written
+        more = [] if loads is None or there else [Put(self._loads_key, encode(loads), lease)]
         value = encode(replace(status, join_keys=self._join_keys()))
         failpoints.hit("engine.before.status")
         try:
             in_office = self._key.put(value, lease, [self._fence], more)
         except LeaseLost:
-            return False
+            if self._lease() == lease:
+                return False
+            self.rewrite()  # the office went over to another lease while this was on its way
+            return True
         except StoreError as error:
             if self._reachable:
                 log.warning("engine_status_not_written", error=str(error))
             self._reachable = False
             return True
         self._reachable = True
+        if in_office:
+            self._loads_written = loads, lease
         return in_office
 
 

@@ -49,6 +49,7 @@ class LeaseKeeper:
         self.on_lost = on_lost
         self.carry: Callable[[int], None] | None = None
         """Puts the holder's keys under another lease, in its thread; LeaseLost if they are not ours any more."""
+        self.on_carried: Callable[[], None] | None = None  # in that thread: what else is under the lease has to follow
         self._carrying = False  # since a carry whose outcome is not known
         self._persistent = persistent
         self._lost = False
@@ -96,14 +97,19 @@ class LeaseKeeper:
         As long as it is not known under which lease the keys are, none counts for longer than the shorter.
         """
         ttl_s = fitting_ttl_s(self._configured_s, self._store.pace_s, self._ttl_s)
-        if self.carry is None or (ttl_s == self._ttl_s and not self._carrying):
+        fits = ttl_s == self._ttl_s and not self._carrying
+        if fits or self.carry is None or self._stop.is_set():
             return
         before = self._clock()
         lease = self._store.grant(ttl_s)
+        if self._stop.is_set():  # `close` waits for one call, not for three
+            return
         self._carrying, self._deadline = True, min(self._deadline, before + ttl_s)
         self.carry(lease)
         self.lease, self._ttl_s, self._deadline, self._carrying = lease, ttl_s, before + ttl_s, False
         log.info("lease_fitted", lease=f"{lease:x}", ttl_s=ttl_s, pace_s=round(self._store.pace_s, 3))
+        if self.on_carried is not None:
+            self.on_carried()
 
     def close(self, revoke: bool = True) -> None:
         """Stop renewing; revoke the lease, which deletes its keys, unless `revoke` is False."""

@@ -15,6 +15,7 @@ from membership.base.timing import LEASE_TTL_MAX_S, STORE_CALL_TIMEOUT_S
 CALLS = 5  # that count; their median, so that one slow call says nothing
 ANSWERS = 6  # that a lease lasts for: two for each of its three renewals
 STEP = 2.0  # between the times to live that there are: few, so that a lease is seldom changed
+MOST_DOUBLINGS = 16  # more is beyond any bound, and in the end no number: an outage may last for hours
 
 
 class Pace:
@@ -51,7 +52,7 @@ def renewal_timeout_s(ttl_s: float, unanswered: int) -> float:
     Else a store that takes longer than that would never get an answer to us, not even that the lease has ended.
     """
     third_s = ttl_s / 3
-    return max(third_s, min(third_s * 2.0**unanswered, STORE_CALL_TIMEOUT_S))
+    return max(third_s, min(third_s * 2.0 ** min(unanswered, MOST_DOUBLINGS), STORE_CALL_TIMEOUT_S))
 
 
 def _at(configured_s: float, pace_s: float) -> float:

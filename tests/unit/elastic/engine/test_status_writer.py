@@ -9,7 +9,7 @@ import pytest
 from elastic.engine.status_writer import StatusWriter
 from membership.store.codec import decode
 from membership.store.keys import Keys
-from membership.store.records import EngineStatus
+from membership.store.records import EngineStatus, ExpertLoad
 from tests.support.late_store import LateStore
 
 pytestmark = pytest.mark.unit
@@ -77,3 +77,49 @@ def test_an_engine_that_was_replaced_writes_nothing(store: LateStore) -> None:
     assert successor.turn(), "a status of its predecessor is there"
     assert not writer.turn()
     assert written(store).epoch == 7
+
+
+def test_all_of_it_follows_to_another_lease(store: LateStore) -> None:
+    """Else it ends with the lease before: the status for a moment, loads that do not change for good."""
+    token, held = store.put(KEYS.engine, b"{}"), [store.grant(60.0)]
+    writer = StatusWriter(store, KEYS, token, lambda: held[-1], on_fenced=lambda: None, background=False)
+    writer.publish_loads(ExpertLoad(at=1.0, loads=((16,),)))
+    assert writer.turn()
+    assert not writer.urgent
+    held.append(store.grant(60.0))
+    writer.rewrite()
+    assert writer.urgent, "at once"
+    assert writer.turn()
+    store.revoke(held[0])
+    assert written(store).token == token
+    assert store.get(KEYS.expert_load) is not None
+
+
+def test_loads_that_stand_there_are_not_written_again(store: LateStore) -> None:
+    writer, _ = writer_of(store)
+    loads = ExpertLoad(at=1.0)
+    store.cut = True
+    writer.publish_loads(loads)
+    assert writer.turn()
+    store.cut = False
+    assert writer.turn(), "they may not have arrived"
+    first = store.get(KEYS.expert_load)
+    assert writer.turn()
+    assert first is not None
+    assert store.get(KEYS.expert_load) == first
+
+
+def test_a_status_that_was_on_its_way_under_a_lease_that_ended_meanwhile_fences_nobody(store: LateStore) -> None:
+    token, fenced = store.put(KEYS.engine, b"{}"), list[bool]()
+    ended, other = store.grant(60.0), store.grant(60.0)
+    store.revoke(ended)
+    asked = iter((ended, other, other))  # the office goes over while the first write is on its way
+    writer = StatusWriter(store, KEYS, token, lambda: next(asked), lambda: fenced.append(True), background=False)
+    assert writer.turn()
+    assert writer.urgent
+    assert writer.turn()
+    assert written(store).token == token
+    store.revoke(other)
+    last = StatusWriter(store, KEYS, token, lambda: other, lambda: fenced.append(True), background=False)
+    assert not last.turn(), "there is no other lease"
+    assert fenced == [True]

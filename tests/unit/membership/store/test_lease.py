@@ -286,6 +286,26 @@ def test_a_lease_that_is_held_follows_the_pace_and_its_key_stays(store: Slow) ->
     assert not kept.alive
 
 
+def test_what_else_is_under_a_lease_is_told_of_the_next_one(store: Slow) -> None:
+    kept, _ = carrying(store)
+    first, told = kept.lease, list[int]()
+    kept.on_carried = lambda: told.append(kept.lease)
+    assert kept.turn() == 1.0
+    assert not told
+    store.paced_s = 0.8
+    assert kept.turn() == 2.0
+    assert told == [kept.lease] != [first]
+
+
+def test_a_keeper_that_is_to_stop_begins_no_other_lease(store: Slow) -> None:
+    """Each of these calls may take as long as a call may, and `close` waits for two."""
+    kept, _ = carrying(store)
+    store.paced_s = 0.8
+    kept.close(revoke=False)
+    kept.turn()
+    assert store.granted == [3.0]
+
+
 def test_a_lease_whose_holder_cannot_carry_its_keys_stays_as_it_was_granted(store: Slow) -> None:
     kept = keeper(store)
     store.paced_s = 2.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from membership.base.timing import LEASE_TTL_MAX_S, LEASE_TTL_S
-from membership.store.pace import ANSWERS, Pace, fitting_ttl_s
+from membership.base.timing import LEASE_TTL_MAX_S, LEASE_TTL_S, STORE_CALL_TIMEOUT_S
+from membership.store.pace import ANSWERS, Pace, fitting_ttl_s, renewal_timeout_s
 
 pytestmark = pytest.mark.unit
 
@@ -51,3 +51,12 @@ def test_one_that_is_configured_longer_stays_so() -> None:
 )
 def test_a_held_one_is_made_longer_at_once_shorter_with_a_margin(held_s: float, pace_s: float, ttl_s: float) -> None:
     assert fitting_ttl_s(LEASE_TTL_S, pace_s, held_s) == ttl_s
+
+
+def test_a_renewal_waits_as_long_in_the_longest_outage_as_in_a_long_one() -> None:
+    """Two to the number of renewals without an answer is no float after 1,023 of them, minutes of a store that refuses
+    connections: it ended the threads that renew, so an agent was gone for good once the store was back.
+    """
+    assert [renewal_timeout_s(3.0, unanswered) for unanswered in (0, 1, 2, 3)] == [1.0, 2.0, 4.0, STORE_CALL_TIMEOUT_S]
+    assert renewal_timeout_s(3.0, 100_000) == STORE_CALL_TIMEOUT_S
+    assert renewal_timeout_s(60.0, 100_000) == 20.0
