@@ -28,7 +28,7 @@ class Unread:
         if scope["type"] != "http" or not closes(scope["http_version"], scope["headers"]):
             await self._app(scope, receive, send)
             return
-        body = _Body(receive)
+        body = _Body(receive, comes=not any(name == b"expect" for name, _ in scope["headers"]))
 
         async def send_last(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -39,16 +39,16 @@ class Unread:
 
 
 def closes(http_version: str, headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Whether a client sends its body at once, and its connection ends with the answer."""
-    said = {name: value.lower() for name, value in headers if name in (b"connection", b"expect")}
-    ends = b"close" in said.get(b"connection", b"") or http_version == "1.0"
-    return ends and b"expect" not in said  # who waits for a 100 gets an answer without one
+    """Whether a connection ends with the answer."""
+    return http_version == "1.0" or any(name == b"connection" and b"close" in value.lower() for name, value in headers)
 
 
 class _Body:
-    def __init__(self, receive: Receive) -> None:
+    """`comes`: by itself. Who waits for a 100 gets an answer without one, unless the body was asked for."""
+
+    def __init__(self, receive: Receive, *, comes: bool) -> None:
         self._receive = receive
-        self._more = True
+        self._more = comes
 
     async def receive(self) -> Message:
         message = await self._receive()

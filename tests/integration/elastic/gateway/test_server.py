@@ -40,7 +40,9 @@ class App:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self._loop = asyncio.get_running_loop()
-        if scope["path"] == "/unread":
+        if scope["path"] in ("/unread", "/half-read"):
+            if scope["path"] == "/half-read":
+                await receive()
             await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"3")]})
             await send({"type": "http.response.body", "body": b"big"})
             return
@@ -196,7 +198,15 @@ def test_a_client_that_half_closes_gets_its_answers(asked: bytes) -> None:
         assert port.app.abandoned == 0
 
 
-@pytest.mark.parametrize("asked", ["HTTP/1.1\r\nConnection: close", "HTTP/1.0", "HTTP/1.0\r\nConnection: Keep-Alive"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "HTTP/1.1\r\nConnection: close",
+        "HTTP/1.1\r\nConnection: close\r\nConnection: TE",
+        "HTTP/1.0",
+        "HTTP/1.0\r\nConnection: Keep-Alive",
+    ],
+)
 def test_who_still_sends_when_the_answer_ends_the_connection_sees_it(asked: str) -> None:
     """It was a reset in the midst of the body, and no answer."""
     body = b"x" * 20_000_000
@@ -211,6 +221,18 @@ def test_who_asks_whether_to_send_is_told_without_sending() -> None:
     with serving() as running, running.connect() as client:
         client.sendall(head)
         assert b" 413 " in client.makefile("rb").readline()
+
+
+def test_who_asked_and_was_told_to_send_sees_an_answer_that_comes_before_the_end() -> None:
+    """As where a body without a length turns out to be too large."""
+    body = b"x" * 20_000_000
+    head = b"POST /half-read HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 100-continue\r\n"
+    with serving() as running, running.connect() as client, client.makefile("rb") as answers:
+        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body))
+        assert b" 100 " in answers.readline()
+        client.sendall(body)
+        assert answers.readline() == b"\r\n"
+        assert b" 413 " in answers.readline()
 
 
 def test_no_body_is_awaited_beyond_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
