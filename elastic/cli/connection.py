@@ -99,7 +99,12 @@ class Connection(AdminConnection, StoreOptions):
         """
         if self.admin or self.etcd:
             return None
-        file = self.state().events
+        try:
+            file = self.state().events
+        except ConfigError:  # it was stopped, so no address says its name: by default its directory does
+            file = StateDir(home() / self.cluster).events
+            if self.state_dir or not self.cluster or not file.exists():
+                raise
         return file if file.exists() else None
 
     def client(self) -> AbstractContextManager[Client]:

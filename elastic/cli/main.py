@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from elastic.cli import changes, cluster, keys, roles
-from elastic.cli.command import command
+from elastic.cli.command import command, path
 from elastic.cli.entry import run
 from elastic.cli.flags import DISTRIBUTION, Output, OutputFlag, described, show, write_json
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions, StoreOptions
@@ -46,7 +46,9 @@ def serve(options: ServeOptions) -> None:
 @app.command("demo-model")
 @command
 def demo_model(
-    directory: Annotated[Path, typer.Argument(help="Directory to write the checkpoint to.")],
+    directory: Annotated[
+        Path, typer.Argument(parser=path, metavar="DIRECTORY", help="Directory to write the checkpoint to.")
+    ],
     retrain: Annotated[bool, typer.Option("--retrain", help="Train it again (some minutes).")] = False,
     output: OutputFlag = Output.TEXT,
 ) -> None:

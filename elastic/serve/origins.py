@@ -30,10 +30,12 @@ def origins_of(api: ApiOptions) -> Origins:
 
 
 def _listed(flag: str, given: Sequence[str]) -> tuple[str, ...]:
-    """What was given one by one, or as vLLM takes it: one list in JSON."""
+    """What was given one by one, or as vLLM takes it: one list in JSON. An origin may be `http://[::1]:3000`."""
     try:
         return tuple(
-            name for each in given for name in (msgspec.json.decode(each, type=list[str]) if "[" in each else [each])
+            name
+            for each in given
+            for name in (msgspec.json.decode(each, type=list[str]) if each.lstrip().startswith("[") else [each])
         )
     except (msgspec.MsgspecError, UnicodeEncodeError) as error:
         raise ConfigError(

@@ -66,6 +66,11 @@ def test_the_history_of_a_cluster_that_was_killed_is_read_from_its_file(served: 
     EventLog(StateDir(served["one"]).events, "supervisor").emit("stopped_for_a_test")
     done = CliRunner().invoke(app, ["events", "--cluster", "one"])
     assert (done.exit_code, "stopped_for_a_test" in done.stdout) == (0, True), done.output
+    StateDir(served["one"]).release()
+    stopped = CliRunner().invoke(app, ["events", "--cluster", "one"])
+    assert (stopped.exit_code, stopped.stdout) == (0, done.stdout), "stopped, it has no address any more"
+    with pytest.raises(ConfigError, match="no cluster named 'three' is being served"):
+        Connection(cluster="three").history()
     assert Connection(cluster="last", state_dir=served["last"]).history() is None, "nothing is written yet"
     assert Connection(admin="http://127.0.0.1:1").history() is None
 

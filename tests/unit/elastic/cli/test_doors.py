@@ -117,7 +117,7 @@ def test_times_that_nothing_can_be_done_in(command: list[str], flag: str) -> Non
 @pytest.mark.parametrize(
     ("command", "flag"),
     [(["serve", "m"], "--state-dir"), (["serve", "m"], "--api-key-file"), (["agent"], "--join-secret-file"),
-     (["status"], "--state-dir"), (["status"], "--cacert"), (["doctor", "m"], "--etcd-ca")],
+     (["status"], "--state-dir"), (["status"], "--cacert"), (["doctor", "m"], "--etcd-ca"), (["demo-model"], "--")],
 )  # fmt: skip
 def test_an_empty_path_is_not_the_current_directory(command: list[str], flag: str) -> None:
     """As after `--state-dir "$UNSET"`: the current directory became a state directory, and its mode 0700."""
