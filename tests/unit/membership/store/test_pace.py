@@ -54,8 +54,8 @@ def test_a_held_one_is_made_longer_at_once_shorter_with_a_margin(held_s: float, 
 
 
 def test_a_renewal_waits_as_long_in_the_longest_outage_as_in_a_long_one() -> None:
-    """Two to the number of renewals without an answer is no float after 1,023 of them, minutes of a store that refuses
-    connections: it ended the threads that renew, so an agent was gone for good once the store was back.
+    """Two to the number of renewals without an answer is no float after 1,023 of them, an hour and a half: it ended the
+    threads that renew, so an agent was gone for good once the store was back.
     """
     assert [renewal_timeout_s(3.0, unanswered) for unanswered in (0, 1, 2, 3)] == [1.0, 2.0, 4.0, STORE_CALL_TIMEOUT_S]
     assert renewal_timeout_s(3.0, 100_000) == STORE_CALL_TIMEOUT_S
