@@ -140,6 +140,9 @@ class Client:
         self._in_time(timeout_s)
         return self._write(lambda store: store.keepalives(leases, timeout_s))
 
+    def lifetime_s(self, lease: int) -> float:
+        return self._reach().lifetime_s(lease)
+
     def revoke(self, lease: int) -> None:
         self._write(lambda store: store.revoke(lease))
 

@@ -210,18 +210,15 @@ def differing(config: ClusterConfig, options: ServeOptions | InitOptions, known:
 
 
 def require_unserved(store: Store, keys: Keys, lease_ttl_s: float, say: Callable[[str], None]) -> None:
-    """Wait until no controller and no engine holds office. ConfigError: one does for longer than a lease lasts.
-
-    So it is renewed, by a process that lives.
+    """Wait until no controller and no engine holds office. ConfigError: one does for longer than its lease lasts, which
+    is longer than `lease_ttl_s` if the store was slow. So it is renewed, by a process that lives.
     """
-    patience_s = lease_ttl_s + LEASE_GRACE_S
-    deadline = time.monotonic() + patience_s
-    announced, pause = False, threading.Event()
+    began, patience_s, pause = time.monotonic(), 0.0, threading.Event()
     while held := [kv for key in (keys.leader, keys.engine) if (kv := store.get(key)) is not None]:
-        if not announced:
+        if not patience_s:
+            patience_s = max(lease_ttl_s, *(store.lifetime_s(kv.lease) for kv in held)) + LEASE_GRACE_S
             say(f"cluster {keys.cluster!r} was served until now: up to {patience_s:g} s until its leases run out")
-            announced = True
-        if time.monotonic() > deadline:
+        if time.monotonic() > began + patience_s:
             raise ConfigError(
                 f"cluster {keys.cluster!r} is being served by another process on this etcd: {_names(held)} is renewed",
                 hint="stop it, or choose another name with --cluster",

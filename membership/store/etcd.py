@@ -207,6 +207,17 @@ class EtcdStore:
         )
         return {answer.ID: float(answer.TTL) for answer in answers.each if answer.TTL > 0}
 
+    def lifetime_s(self, lease: int) -> float:
+        """See Store."""
+        request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
+        try:
+            found = self._call(
+                lambda etcd: etcd.leasestub.LeaseTimeToLive, request, f"read lease {lease:x}", ordered=False
+            )
+        except LeaseLost:
+            return 0.0
+        return float(found.grantedTTL)
+
     def revoke(self, lease: int) -> None:
         request = etcdrpc.LeaseRevokeRequest(ID=lease)
         try:

@@ -156,6 +156,12 @@ class MemoryStore:
                 each.expires_at = self._clock() + each.ttl_s
             return {lease: each.ttl_s for lease, each in found.items()}
 
+    def lifetime_s(self, lease: int) -> float:
+        """See Store."""
+        with self._changed:
+            self._enter()
+            return self._leases[lease].ttl_s if lease in self._leases else 0.0
+
     def revoke(self, lease: int) -> None:
         with self._changed:
             self._enter()

@@ -149,6 +149,10 @@ class Store(Protocol):
         """Renew all of these in one exchange; return the time to live of each that has not ended."""
         ...
 
+    def lifetime_s(self, lease: int) -> float:
+        """How long it was granted for, which is how long it lasts from a renewal on; 0 if it has ended."""
+        ...
+
     def revoke(self, lease: int) -> None:
         """End it, and delete its keys. Ending a lease that has ended already is no error."""
         ...

@@ -236,7 +236,9 @@ def test_leases_are_renewed_together_and_those_that_have_ended_are_missing(store
 def test_ttls_are_whole_seconds_rounded_up(store: Store) -> None:
     lease = store.grant(59.5)
     assert store.keepalive(lease) == 60.0
+    assert store.lifetime_s(lease) == 60.0
     store.revoke(lease)
+    assert (store.lifetime_s(lease), store.lifetime_s(0)) == (0.0, 0.0)
 
 
 def test_a_lease_expires_unless_it_is_renewed(store: Store, prefix: str) -> None:

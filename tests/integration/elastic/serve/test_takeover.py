@@ -63,6 +63,13 @@ def test_one_that_was_killed_is_waited_out(store: EtcdStore, offices: tuple[str,
     assert all(store.get(KEYS.prefix + office) is None for office in offices)
 
 
+def test_one_whose_lease_is_longer_than_usual_is_waited_out(store: EtcdStore) -> None:
+    """As it is where etcd was slow when it was killed."""
+    store.put(KEYS.prefix + "engine", b"", store.grant(2 * CONFIG.lease_ttl_s))
+    assert start(store) == [f"cluster '{CONFIG.cluster}' was served until now: up to 8 s until its leases run out"]
+    assert store.get(KEYS.prefix + "engine") is None
+
+
 @pytest.mark.parametrize("office", ["leader", "engine"])
 def test_one_that_lives_is_let_alone(store: EtcdStore, office: str) -> None:
     with LeaseKeeper(store, CONFIG.lease_ttl_s) as keeper:
