@@ -11,6 +11,7 @@ from chaos.target.waiting import until
 from elastic.serve.etcd_server import EtcdServer
 
 START_S = 300.0
+MANY_KILLS = ("--restart-intensity", "1000", "--restart-window", "1s")  # no slot is set aside for them
 
 
 def two_hosts(model: Path, folder: Path, opened: ExitStack) -> HostCluster:
@@ -20,7 +21,7 @@ def two_hosts(model: Path, folder: Path, opened: ExitStack) -> HostCluster:
     two = HostCluster(hosts, etcd.url, folder, gateway="a")
     opened.callback(two.close)
     at = ("--capacity", "2", "--min-agents", "2", "--host", hosts.addresses["a"])
-    two.start("a", "serve", str(model), "--ranks", "4", *at)
+    two.start("a", "serve", str(model), "--ranks", "4", *at, *MANY_KILLS)
     until(two.secret.exists, "the join secret", START_S, guard=two.require_alive)
     two.join("b", "agent", "--capacity", "2")
     return two
