@@ -88,8 +88,8 @@ MUTANTS: tuple[Mutant, ...] = (
         name="lease-believed-while-carried",
         guards="G1: while it is not known which of two leases an office is under, none counts longer than the shorter",
         file="membership/store/lease.py",
-        before="self._carrying, self._deadline = True, min(self._deadline, before + ttl_s)",
-        after="self._carrying = True",
+        before="self._carrying, self._deadline = (*self._carrying, lease), min(self._deadline, before + ttl_s)",
+        after="self._carrying = (*self._carrying, lease)",
         tests=(f"{LEASE}::test_while_it_is_not_known_where_the_keys_are_the_shorter_lease_counts",),
     ),
     Mutant(

@@ -196,9 +196,13 @@ def _names(record: bytes, pid: int, node: str) -> bool:
 
 
 def revoke_leases(store: Store, prefix: str, pid: int | None = None, node: str = "") -> None:
-    """Revoke the leases of a dead process. If the store is unavailable, they expire after their TTL."""
+    """Revoke the leases of a dead process. If the store is unavailable, they expire after their TTL.
+
+    Then once more: what it sent as it died may have put its office under another lease in between.
+    """
     try:
-        for lease in leases_of(store, prefix, pid, node):
-            store.revoke(lease)
+        for _ in range(2):
+            for lease in leases_of(store, prefix, pid, node):
+                store.revoke(lease)
     except StoreError as error:
         log.warning("lease_revoke_failed", pid=pid, error=str(error))

@@ -50,7 +50,7 @@ class LeaseKeeper:
         self.carry: Callable[[int], None] | None = None
         """Puts the holder's keys under another lease, in its thread; LeaseLost if they are not ours any more."""
         self.on_carried: Callable[[], None] | None = None  # in that thread: what else is under the lease has to follow
-        self._carrying = False  # since a carry whose outcome is not known
+        self._carrying: tuple[int, ...] = ()  # leases that the keys may be under by now: their carries had no answer
         self._persistent = persistent
         self._lost = False
         self._unanswered = 0  # renewals, since one that was answered
@@ -104,9 +104,9 @@ class LeaseKeeper:
         lease = self._store.grant(ttl_s)
         if self._stop.is_set():  # `close` waits for one call, not for three
             return
-        self._carrying, self._deadline = True, min(self._deadline, before + ttl_s)
+        self._carrying, self._deadline = (*self._carrying, lease), min(self._deadline, before + ttl_s)
         self.carry(lease)
-        self.lease, self._ttl_s, self._deadline, self._carrying = lease, ttl_s, before + ttl_s, False
+        self.lease, self._ttl_s, self._deadline, self._carrying = lease, ttl_s, before + ttl_s, ()
         log.info("lease_fitted", lease=f"{lease:x}", ttl_s=ttl_s, pace_s=round(self._store.pace_s, 3))
         if self.on_carried is not None:
             self.on_carried()
@@ -121,7 +121,8 @@ class LeaseKeeper:
         if revoke and not self._lost:
             self._lost = True
             try:
-                self._store.revoke(self.lease)
+                for lease in (*self._carrying, self.lease):
+                    self._store.revoke(lease)
             except StoreError as error:
                 log.warning("lease_not_revoked", lease=f"{self.lease:x}", error=str(error))
 

@@ -20,7 +20,7 @@ from elastic.cli.flags import seconds, size
 from elastic.cli.main import app, declared_in, wanted
 from elastic.cli.render import console, event_line, plan_view
 from elastic.serve.options import StoreOptions
-from elastic.serve.role_process import leases_of, restart_delay_s
+from elastic.serve.role_process import leases_of, restart_delay_s, revoke_leases
 from elastic.serve.state_dir import ClusterAddress, StateDir
 from membership.base.errors import ConfigError
 from membership.base.events import Event
@@ -28,7 +28,7 @@ from membership.operations.dry_run import Plan
 from membership.store.codec import encode
 from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.in_memory import MemoryStore
-from membership.store.records import AgentRecord
+from membership.store.records import AgentRecord, LeaderRecord
 from tests.support import ROOT
 
 pytestmark = pytest.mark.unit
@@ -199,6 +199,24 @@ def test_leases_of_a_dead_process_are_found_by_its_pid_on_its_node() -> None:
     store.put("/c/damaged", b"{", other)
     assert leases_of(store, "/c/", 10, "a") == {mine}
     assert leases_of(store, "/c/") == {mine, other, elsewhere}
+    store.close()
+
+
+def test_an_office_that_went_over_to_another_lease_amid_that_is_free_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    first, second = store.grant(60.0), store.grant(60.0)
+    record = encode(LeaderRecord(node="a", pid=10))
+    store.put("/c/leader", record, first)
+    revoke = store.revoke
+
+    def late(lease: int) -> None:
+        if lease == first:
+            store.put("/c/leader", record, second)
+        revoke(lease)
+
+    monkeypatch.setattr(store, "revoke", late)
+    revoke_leases(store, "/c/", 10, "a")
+    assert store.get("/c/leader") is None
     store.close()
 
 

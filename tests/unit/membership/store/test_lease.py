@@ -313,6 +313,23 @@ def test_a_lease_whose_holder_cannot_carry_its_keys_stays_as_it_was_granted(stor
     assert store.granted == [3.0]
 
 
+def test_a_keeper_that_ends_takes_its_keys_along_also_where_it_does_not_know_which_lease_they_are_under(
+    store: Slow,
+) -> None:
+    store.paced_s = 1.0
+    kept, carry = carrying(store)
+
+    def unanswered(lease: int) -> None:
+        carry(lease)
+        raise StoreUnavailable("no answer")
+
+    store.paced_s, kept.carry = 0.0, unanswered
+    kept.turn()
+    kept.turn()
+    kept.close()
+    assert store.get("/held") is None
+
+
 def test_while_it_is_not_known_where_the_keys_are_the_shorter_lease_counts(store: Slow) -> None:
     """The answer to the carry is lost: the old lease may be renewed in vain."""
     store.paced_s = 1.0
