@@ -93,15 +93,15 @@ def test_an_office_outlasts_a_store_whose_answers_take_longer_than_a_third_of_it
         with closing(connect([proxy.url], connect_timeout_s=T)) as store, LeaseKeeper(store, ttl_s) as keeper:
             office = Election(store, KEYS.leader, b"", keeper)
             token = office.campaign(T)
-            long, watch = keeper.lease, near.watch(KEYS.leader, token + 1)
-            assert watch.next(3.5) is None, "it was lost, or moved without need"
+            assert near.lifetime_s(keeper.lease) > ttl_s
+            changed = near.watch(KEYS.leader, token + 1).next(3.5)  # on a busy machine it may move to a longer one yet
+            assert changed is None or {event.kind for event in changed.events} == {"put"}, "it was lost"
             assert office.held
             proxy.set(Faults())
-            eventually(lambda: keeper.lease != long, T, "a lease as it is configured")
+            eventually(lambda: near.lifetime_s(keeper.lease) == ttl_s, T, "a lease as it is configured")
             found = near.get(KEYS.leader)
             assert found is not None
             assert (found.create_revision, found.lease) == (token, keeper.lease)
-            assert keeper.remaining_s <= ttl_s
             assert office.held
 
 
