@@ -255,6 +255,16 @@ def carrying(store: Slow) -> tuple[LeaseKeeper, Carry]:
     return kept, carry
 
 
+def unanswered(carry: Carry) -> Carry:
+    """It is done, and its answer is lost."""
+
+    def done(lease: int) -> None:
+        carry(lease)
+        raise StoreUnavailable("no answer")
+
+    return done
+
+
 def test_a_lease_lasts_longer_where_the_store_is_slow(store: Slow) -> None:
     """Its renewals are waited for as much longer: each takes that time."""
     store.paced_s = 1.0
@@ -319,11 +329,7 @@ def test_a_keeper_that_ends_takes_its_keys_along_also_where_it_does_not_know_whi
     store.paced_s = 1.0
     kept, carry = carrying(store)
 
-    def unanswered(lease: int) -> None:
-        carry(lease)
-        raise StoreUnavailable("no answer")
-
-    store.paced_s, kept.carry = 0.0, unanswered
+    store.paced_s, kept.carry = 0.0, unanswered(carry)
     kept.turn()
     kept.turn()
     kept.close()
@@ -335,11 +341,7 @@ def test_while_it_is_not_known_where_the_keys_are_the_shorter_lease_counts(store
     store.paced_s = 1.0
     kept, carry = carrying(store)
 
-    def unanswered(lease: int) -> None:
-        carry(lease)
-        raise StoreUnavailable("no answer")
-
-    store.paced_s, kept.carry = 0.0, unanswered
+    store.paced_s, kept.carry = 0.0, unanswered(carry)
     assert kept.turn() == lease_module.RETRY_S
     assert kept.remaining_s == 3.0
     store.now += 2.0
